@@ -1,0 +1,62 @@
+# Everything runs in .venv, which `make setup` creates from the locked requirements.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+SHELL := /bin/bash
+PROTOS := $(shell cd protos && find tally -name '*.proto' | sort)
+SERVICES := $(shell cd protos && find tally -name '*_service.proto' | sort)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup up demo test bench generate generate/verify verify format lint lock release-contract
+
+help: ## list the targets
+	@grep -hE '^[a-z/-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready ## create .venv with the locked dependencies
+
+$(VENV)/.ready: requirements.lock pyproject.toml gen/pyproject.toml tools/export_validate_proto.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tally needs Python 3.11 or newer; set PYTHON=python3.x")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e gen -e .
+	$(BIN)/python tools/export_validate_proto.py $(VENV)/protos
+	touch $@
+
+up: setup ## start everything on this machine: Postgres, NATS, Redis and the four services
+	tally up
+
+demo: setup ## count a real election of 80,101 ballots, end to end
+	python examples/demo.py
+
+test: setup ## unit, integration and contract tests against real servers
+	pytest
+
+bench: setup ## measure this machine against its own limits
+	python -m benchmarks
+
+generate: setup ## regenerate gen/ from protos/
+	tools/generate.sh gen
+
+generate/verify: setup
+	tools/generate.sh --verify
+
+format: setup ## format the code and the protos
+	ruff format .
+	ruff check --fix-only --quiet .
+	buf format -w protos
+
+verify: setup generate/verify ## format, lint, types, protos, and that gen/ is up to date
+	ruff format --check .
+	ruff check .
+	mypy
+	buf format --diff --exit-code protos
+	buf lint
+	buf breaking --against protos/released.binpb
+
+release-contract: setup ## record the protos as the released contract that `buf breaking` compares with
+	buf build -o protos/released.binpb
+
+lock: setup ## resolve requirements.lock anew
+	uv pip compile --quiet --universal --python-version 3.11 --extra dev --generate-hashes --no-header --no-emit-index-url \
+		--no-emit-package tally-stubs --upgrade pyproject.toml -o requirements.lock

@@ -1,0 +1,56 @@
+"""`python -m command_server`: the write side as a process."""
+
+import asyncio
+
+from pydantic import Field
+from tally.command.v1 import command_service_pb2
+from tally.command.v1.command_service_pb2_grpc import add_CommandServiceServicer_to_server
+
+from command_server.ballot_box import COMMITTERS, BallotBox
+from command_server.poll_log import PollLog
+from command_server.polls import Polls
+from command_server.service import CommandService
+from contracts.refusals import status_of
+from contracts.voters import VoterKeys
+from runtime import lifecycle, postgres, serving, telemetry
+from runtime.settings import Settings
+
+SERVICE = command_service_pb2.DESCRIPTOR.services_by_name["CommandService"].full_name
+
+
+class CommandSettings(Settings):
+    """What the command server reads from the environment."""
+
+    command_listen: str = Field("127.0.0.1:50051", description="host:port of the CommandService.")
+    write_dsn: str = Field(description="Postgres URL of the write database.")
+    voter_secret: str = Field(
+        min_length=32, max_length=64, description="Key of the voter hash: the same in all command and query servers."
+    )
+
+
+async def main(stop: asyncio.Event) -> None:
+    settings = CommandSettings.from_environment()
+    telemetry.start("command_server", settings)
+    pool = await postgres.connect_pool(settings.write_dsn, size=COMMITTERS + 5, application="command_server")
+    polls = Polls(pool)
+    box = BallotBox(pool, polls)
+    service = CommandService(PollLog(pool), polls, box, VoterKeys(settings.voter_secret))
+
+    server = serving.new_server()
+    serving.add_service(server, add_CommandServiceServicer_to_server, service, status_of)
+    async with asyncio.TaskGroup() as tasks:
+        committing = tasks.create_task(box.run())
+        await serving.serve(
+            server,
+            settings.command_listen,
+            [SERVICE],
+            stop,
+            lambda port: lifecycle.announce("serving", settings, port=port),
+        )
+        await box.drain()
+        committing.cancel()
+    pool.terminate()
+
+
+if __name__ == "__main__":
+    lifecycle.run(main)

@@ -1,0 +1,155 @@
+"""The RPCs of CommandService: each handler reads its request, calls, and translates the outcome."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+from tally.command.v1 import command_service_pb2 as pb
+from tally.command.v1.command_service_pb2_grpc import CommandServiceServicer
+from tally.poll.v1.poll_pb2 import VoteReceipt
+
+from command_server.ballot_box import BallotBox, Recorded, Verdicts
+from command_server.poll import MAX_VOTER_ID_CHARACTERS, check_voter_id, choose, close_poll, open_poll
+from command_server.poll_log import PollLog, Request
+from command_server.polls import Poll, Polls
+from contracts.freshness import token
+from contracts.refusals import Refusal
+from contracts.voters import VoterKeys
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+# Requests of one stream that may be under way at once; then the server stops reading.
+STREAM_IN_FLIGHT = 8
+
+
+class CommandService(CommandServiceServicer):
+    """Commands and votes. See protos/tally/command/v1/command_service.proto for what each promises."""
+
+    def __init__(self, log: PollLog, polls: Polls, box: BallotBox, voters: VoterKeys) -> None:
+        self._log = log
+        self._polls = polls
+        self._box = box
+        self._voters = voters
+
+    async def CreatePoll(self, request: pb.CreatePollRequest, context: Context) -> pb.CreatePollResponse:
+        return await self._log.create(Request.of(request, request.request_id), request.poll)
+
+    async def OpenPoll(self, request: pb.OpenPollRequest, context: Context) -> pb.OpenPollResponse:
+        command = Request.of(request, request.request_id)
+        return await self._log.change(command, UUID(request.poll_id), open_poll, pb.OpenPollResponse)
+
+    async def ClosePoll(self, request: pb.ClosePollRequest, context: Context) -> pb.ClosePollResponse:
+        command = Request.of(request, request.request_id)
+        return await self._log.change(command, UUID(request.poll_id), close_poll, pb.ClosePollResponse)
+
+    async def CastVote(self, request: pb.CastVoteRequest, context: Context) -> pb.CastVoteResponse:
+        poll = await self._polls.find(request.poll_id)
+        choose(poll.option_numbers, request.option_ids)
+        voter_key = self._voters.voter_key(request.voter_id)
+        recorded = await self._box.cast(poll, voter_key + poll.markings[request.option_ids[0]])
+        if isinstance(recorded, Refusal):
+            raise recorded
+        return pb.CastVoteResponse(
+            receipt=VoteReceipt(
+                poll_id=str(poll.poll_id),
+                receipt_id=self._voters.receipt_id(poll.poll_id, voter_key),
+                version=recorded.version,
+                recorded_at=_timestamp(recorded.recorded_at),
+            ),
+            already_recorded=recorded.already,
+            consistency_token=token(poll.poll_id, recorded.version),
+        )
+
+    async def CastVotes(  # type: ignore[override]  # it writes to its context
+        self, requests: AsyncIterator[pb.CastVotesRequest], context: Context
+    ) -> None:
+        under_way: asyncio.Queue[_Batch | None] = asyncio.Queue(STREAM_IN_FLIGHT)
+
+        async def read() -> None:
+            try:
+                async for request in requests:
+                    await under_way.put(await self._submit(request))
+            finally:
+                # Also where a request breaks the rules: what came before it is answered first.
+                await under_way.put(None)
+
+        async with asyncio.TaskGroup() as tasks:
+            reading = tasks.create_task(read())
+            while (batch := await under_way.get()) is not None:
+                await context.write(await batch.response())
+            await reading
+
+    async def _submit(self, request: pb.CastVotesRequest) -> "_Batch":
+        """Puts the valid votes of a batch into the ballot box; the others are rejected one by one."""
+        batch = _Batch(request.batch_sequence, len(request.votes))
+        try:
+            poll = await self._polls.find(request.poll_id)
+        except Refusal as refusal:
+            batch.rejected = dict.fromkeys(range(len(request.votes)), refusal)
+            return batch
+        batch.poll = poll
+        ballots, voter_key, marking = [], self._voters.voter_key, poll.markings.get
+        for index, vote in enumerate(request.votes):
+            voter_id, option_ids = vote.voter_id, vote.option_ids
+            mark = marking(option_ids[0]) if len(option_ids) == 1 else None
+            if mark is not None and 0 < len(voter_id) <= MAX_VOTER_ID_CHARACTERS:
+                ballots.append(voter_key(voter_id) + mark)
+            else:
+                batch.rejected[index] = _why(poll, vote)
+        if ballots:
+            batch.verdicts = await self._box.cast_all(poll, ballots)
+        return batch
+
+
+class _Batch:
+    """A CastVotesRequest under way: the votes that were rejected at once, and the others' verdicts to come."""
+
+    def __init__(self, sequence: int, votes: int) -> None:
+        self.sequence = sequence
+        self.votes = votes
+        self.poll: Poll | None = None
+        self.rejected: dict[int, Refusal] = {}
+        self.verdicts: asyncio.Future[Verdicts] | None = None
+
+    async def response(self) -> pb.CastVotesResponse:
+        response = pb.CastVotesResponse(batch_sequence=self.sequence)
+        rejected = self.rejected
+        if self.verdicts is not None and self.poll is not None:
+            recorded, others = await self.verdicts
+            version = recorded.version if recorded else 0
+            if others:
+                rejected = dict(rejected)
+                # Verdicts count the ballots that were submitted; the caller counts the votes it sent.
+                sent = [index for index in range(self.votes) if index not in self.rejected]
+                for index, verdict in others.items():
+                    if isinstance(verdict, Recorded):
+                        response.already_recorded += 1
+                        version = max(version, verdict.version)
+                    else:
+                        rejected[sent[index]] = verdict
+            response.accepted = self.votes - response.already_recorded - len(rejected)
+            if version:
+                response.consistency_token = token(self.poll.poll_id, version)
+        for index, refusal in sorted(rejected.items()):
+            response.rejections.add(index=index, reason=refusal.reason, message=refusal.message)
+        return response
+
+
+def _why(poll: Poll, vote: pb.Vote) -> Refusal:
+    """Why a vote of a batch cannot be a ballot."""
+    try:
+        check_voter_id(vote.voter_id)
+        choose(poll.option_numbers, vote.option_ids)
+    except Refusal as refusal:
+        return refusal
+    raise AssertionError("the vote breaks no rule")
+
+
+def _timestamp(moment: datetime) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromDatetime(moment)
+    return timestamp

@@ -1,0 +1,32 @@
+"""Names on NATS: the stream of events, and the request to publish events again."""
+
+import json
+from uuid import UUID
+
+STREAM = "TALLY_EVENTS"
+ALL_EVENTS = "tally.events.>"
+REPUBLISH = "tally.republish"
+
+# Header of each message: the event's version, so that the stream's tail can be checked without parsing it.
+VERSION_HEADER = "Tally-Version"
+# Header that makes JetStream drop a second copy of the same outbox row.
+MESSAGE_ID_HEADER = "Nats-Msg-Id"
+
+
+def event_subject(shard: int, poll_id: UUID) -> str:
+    """Where the events of a poll are published."""
+    return f"tally.events.{shard}.{poll_id}"
+
+
+def republish_request(poll_id: UUID, from_version: int) -> bytes:
+    """Asks the relay to publish a poll's events again, from a version on."""
+    return json.dumps({"poll_id": str(poll_id), "from_version": from_version}).encode()
+
+
+def parse_republish_request(data: bytes) -> tuple[UUID, int]:
+    """The poll and the first version that somebody asked for. Raises ValueError for anything else."""
+    try:
+        request = json.loads(data)
+        return UUID(request["poll_id"]), int(request["from_version"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a republish request: {data[:200]!r}") from error

@@ -1,0 +1,105 @@
+"""Every way in which a call is refused, and the one table that maps each to its gRPC status."""
+
+from collections.abc import Mapping
+
+import structlog
+from google.protobuf.any_pb2 import Any
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+from grpc import StatusCode
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from tally.poll.v1.error_reason_pb2 import ErrorReason
+
+from runtime import postgres
+from runtime.serving import InvalidMessage
+
+log = structlog.get_logger()
+
+STORE_FAILURES = (*postgres.UNAVAILABLE, RedisConnectionError, RedisTimeoutError)
+
+DOMAIN = "tally"
+
+STATUS_CODES: Mapping[ErrorReason.ValueType, StatusCode] = {
+    ErrorReason.ERROR_REASON_INVALID_REQUEST: StatusCode.INVALID_ARGUMENT,
+    ErrorReason.ERROR_REASON_UNKNOWN_OPTION: StatusCode.INVALID_ARGUMENT,
+    ErrorReason.ERROR_REASON_TOO_MANY_CHOICES: StatusCode.INVALID_ARGUMENT,
+    ErrorReason.ERROR_REASON_POLL_NOT_FOUND: StatusCode.NOT_FOUND,
+    ErrorReason.ERROR_REASON_VOTE_NOT_FOUND: StatusCode.NOT_FOUND,
+    ErrorReason.ERROR_REASON_POLL_NOT_OPEN: StatusCode.FAILED_PRECONDITION,
+    ErrorReason.ERROR_REASON_POLL_NOT_DRAFT: StatusCode.FAILED_PRECONDITION,
+    ErrorReason.ERROR_REASON_ALREADY_VOTED: StatusCode.ALREADY_EXISTS,
+    ErrorReason.ERROR_REASON_OVERLOADED: StatusCode.RESOURCE_EXHAUSTED,
+    ErrorReason.ERROR_REASON_STORE_UNAVAILABLE: StatusCode.UNAVAILABLE,
+    ErrorReason.ERROR_REASON_READ_MODEL_BEHIND: StatusCode.UNAVAILABLE,
+    ErrorReason.ERROR_REASON_INTERNAL: StatusCode.INTERNAL,
+}
+
+# How long a caller should wait before it tries again, in seconds; reasons that are not here do not pass by waiting.
+_RETRY_AFTER: Mapping[ErrorReason.ValueType, float] = {
+    ErrorReason.ERROR_REASON_OVERLOADED: 0.1,
+    ErrorReason.ERROR_REASON_STORE_UNAVAILABLE: 1.0,
+    ErrorReason.ERROR_REASON_READ_MODEL_BEHIND: 0.5,
+}
+
+
+class Refusal(Exception):  # noqa: N818 - the caller's fault or a passing state, not an error of ours
+    """A call that is not carried out, for a reason that the contract names."""
+
+    def __init__(self, reason: ErrorReason.ValueType, message: str, fields: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        # For INVALID_REQUEST: path of each field that breaks a rule → the rule, in words.
+        self.fields = fields or {}
+
+    def status(self) -> Status:
+        """The refusal as a `google.rpc.Status` with its details."""
+        details: list[Message] = [ErrorInfo(reason=reason_name(self.reason), domain=DOMAIN)]
+        if self.fields:
+            violations = [BadRequest.FieldViolation(field=f, description=rule) for f, rule in self.fields.items()]
+            details.append(BadRequest(field_violations=violations))
+        if self.reason in _RETRY_AFTER:
+            delay = Duration()
+            delay.FromMilliseconds(round(_RETRY_AFTER[self.reason] * 1000))
+            details.append(RetryInfo(retry_delay=delay))
+        status = Status(code=STATUS_CODES[self.reason].value[0], message=self.message)
+        for detail in details:
+            packed = Any()
+            packed.Pack(detail)
+            status.details.append(packed)
+        return status
+
+
+def reason_name(reason: ErrorReason.ValueType) -> str:
+    """The reason as callers see it: `POLL_NOT_FOUND`."""
+    return ErrorReason.Name(reason).removeprefix("ERROR_REASON_")
+
+
+def invalid_request(fields: Mapping[str, str]) -> Refusal:
+    """The request breaks rules of its message; `fields` is path → rule, the path empty for the whole message."""
+    message = "; ".join(f"{field or 'request'}: {rule}" for field, rule in fields.items())
+    return Refusal(ErrorReason.ERROR_REASON_INVALID_REQUEST, message, fields)
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """What a caller is told about whatever a handler raised. Defects are logged here and nothing of them leaves."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, InvalidMessage):
+        return invalid_request(error.fields)
+    if isinstance(error, STORE_FAILURES):
+        log.warning("a store did not answer", error=repr(error))
+        return Refusal(
+            ErrorReason.ERROR_REASON_STORE_UNAVAILABLE,
+            "a database did not answer in time; to repeat the call is safe",
+        )
+    log.error("defect", exc_info=error)
+    return Refusal(ErrorReason.ERROR_REASON_INTERNAL, "internal error")
+
+
+def status_of(error: Exception) -> Status:
+    """The `google.rpc.Status` for whatever a handler raised."""
+    return refusal_of(error).status()

@@ -1,0 +1,50 @@
+"""The life of a process: it runs until SIGTERM or SIGINT, then finishes what it accepted."""
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import structlog
+import uvloop
+
+from runtime.settings import Settings
+
+log = structlog.get_logger()
+
+
+def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    """Runs `main` on an event loop. The event it is given is set by SIGTERM and SIGINT: time to finish and return."""
+
+    async def supervised() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await main(stop)
+
+    uvloop.run(supervised())
+
+
+def announce(event: str, settings: Settings, **details: object) -> None:
+    """Says, in the log and in the ready file, that the process does its work from now on."""
+    if settings.ready_file:
+        Path(settings.ready_file).write_text(event)
+    log.info(event, **details)
+
+
+class Backoff:
+    """Growing pauses between attempts: doubled each time, from `first` up to `longest` seconds; `reset` on success."""
+
+    def __init__(self, first: float = 0.05, longest: float = 5.0) -> None:
+        self._first = first
+        self._longest = longest
+        self.failures = 0
+
+    async def wait(self) -> None:
+        pause = min(self._first * 2**self.failures, self._longest)
+        self.failures += 1
+        await asyncio.sleep(pause)
+
+    def reset(self) -> None:
+        self.failures = 0

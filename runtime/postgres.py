@@ -1,0 +1,98 @@
+"""Postgres: pools, named SQL blocks, migrations."""
+
+import asyncio
+import re
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from types import SimpleNamespace
+from typing import Any
+
+import asyncpg
+import structlog
+
+log = structlog.get_logger()
+
+# What a caller sees as "the database does not answer": the connection, not the statement, is at fault.
+UNAVAILABLE = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.QueryCanceledError,
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.DiskFullError,
+)
+
+_BLOCK = re.compile(r"^-- (\w+): .+$", re.MULTILINE)
+_MIGRATION_LOCK = 0x74616C6C79
+
+
+def queries(package: str, name: str = "queries.sql") -> SimpleNamespace:
+    """The SQL blocks of a file beside the code that runs them. A block begins with `-- name: what it is for`."""
+    parts = _BLOCK.split((files(package) / name).read_text())
+    return SimpleNamespace(**{block: sql.strip() for block, sql in zip(parts[1::2], parts[2::2], strict=True)})
+
+
+async def connect_pool(dsn: str, *, size: int, application: str, read_only: bool = False) -> asyncpg.Pool:
+    """A pool of up to `size` connections that is made even while the server is away; statements take 30 s at most."""
+    settings = {
+        "application_name": application,
+        "statement_timeout": "30s",
+        # A transaction whose client vanished must not keep its locks.
+        "idle_in_transaction_session_timeout": "10s",
+    }
+    if read_only:
+        settings["default_transaction_read_only"] = "on"
+    return await asyncpg.create_pool(
+        dsn,
+        min_size=0,
+        max_size=size,
+        timeout=5,
+        command_timeout=30,
+        server_settings=settings,
+        # Nothing here changes a session, so there is nothing to reset when a connection goes back: one round trip less.
+        reset=_keep,
+    )
+
+
+async def _keep(_: object) -> None:
+    pass
+
+
+async def check_durability(connection: asyncpg.Connection) -> None:
+    """Warns loudly where the server would acknowledge a commit that a power cut can undo."""
+    for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+        value = await connection.fetchval("SELECT current_setting($1)", setting)
+        if value == "off":
+            log.error("the database is not durable: acknowledged changes can be lost", setting=setting, value=value)
+
+
+async def migrate(dsn: str, folder: Traversable) -> list[str]:
+    """Applies the numbered SQL files that this database does not have yet, each in a transaction; returns their names.
+
+    Safe to run from several processes at once, and again after a crash.
+    """
+    connection: asyncpg.Connection[Any] = await asyncpg.connect(dsn, timeout=10)
+    try:
+        await connection.execute("SELECT pg_advisory_lock($1)", _MIGRATION_LOCK)
+        await connection.execute(
+            "CREATE TABLE IF NOT EXISTS schema_migrations"
+            " (name text PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())"
+        )
+        applied = {row["name"] for row in await connection.fetch("SELECT name FROM schema_migrations")}
+        pending = sorted(
+            (file for file in folder.iterdir() if file.name.endswith(".sql") and file.name not in applied),
+            key=lambda file: file.name,
+        )
+        for file in pending:
+            async with connection.transaction():
+                await connection.execute(file.read_text())
+                await connection.execute("INSERT INTO schema_migrations (name) VALUES ($1)", file.name)
+        return [file.name for file in pending]
+    finally:
+        await asyncio.wait_for(connection.close(), 5)

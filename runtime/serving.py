@@ -1,0 +1,232 @@
+"""A gRPC server as every service runs it: bounded, validated, observed, with health and reflection."""
+
+import asyncio
+import inspect
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import grpc
+import protovalidate
+import structlog
+from google.protobuf.message import DecodeError, Message
+from google.rpc.status_pb2 import Status
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+from grpc_reflection.v1alpha import reflection
+from grpc_status import rpc_status
+from prometheus_client import Counter, Histogram
+
+log = structlog.get_logger()
+
+# A request above this is refused with a clear error.
+MAX_REQUEST_BYTES = 4 << 20
+# Above this gRPC itself breaks the call off, before the request is in memory.
+_MAX_MESSAGE_BYTES = 16 << 20
+_DRAIN_SECONDS = 5.0
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    # Two servers on one port by accident would each get half of the calls.
+    ("grpc.so_reuseport", 0),
+    # Clients may ping every 10 s, also without a call under way; one that pings more often is sent away.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+]
+
+_calls = Counter("grpc_server_handled", "Calls by method and outcome.", ["method", "code"])
+_seconds = Histogram(
+    "grpc_server_handling_seconds",
+    "Time to answer a unary call.",
+    ["method"],
+    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)
+
+
+class InvalidMessage(Exception):  # noqa: N818 - the caller's fault, not an error of ours
+    """A request that cannot be read, or breaks the rules of its message; `fields` is path → rule."""
+
+    def __init__(self, fields: Mapping[str, str]) -> None:
+        super().__init__(str(fields))
+        self.fields = fields
+
+
+class _Unreadable(NamedTuple):
+    """Stands for a request whose bytes are too many, or not of its message: the handler's wrapper refuses it."""
+
+    problem: str
+
+
+def add_service(
+    server: grpc.aio.Server,
+    add_servicer: Callable[[Any, Any], None],
+    servicer: object,
+    to_status: Callable[[Exception], Status],
+) -> None:
+    """Adds a service to a server: `add_servicer` is the generated add_…Servicer_to_server.
+
+    Each request is checked against its size and its protovalidate rules before its handler sees it. Whatever a handler
+    raises becomes the status that `to_status` gives. A handler may return serialized bytes in place of a message.
+    Streaming handlers are coroutines that use `context.write`, not generators.
+    """
+    add_servicer(servicer, _Wrapping(server, to_status))
+
+
+async def serve(
+    server: grpc.aio.Server, listen: str, services: Sequence[str], stop: asyncio.Event, ready: Callable[[int], None]
+) -> None:
+    """Listens on `listen` (host:port) until `stop` is set, then finishes the calls under way, for 5 s at most.
+
+    `services` are the full names that health and reflection list; `ready` is called with the port once it serves.
+    """
+    health = health_aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    reflection.enable_server_reflection([*services, "grpc.health.v1.Health", reflection.SERVICE_NAME], server)
+    for name in ("", *services):
+        await health.set(name, HealthCheckResponse.NOT_SERVING)
+    port = server.add_insecure_port(listen)
+    await server.start()
+    for name in ("", *services):
+        await health.set(name, HealthCheckResponse.SERVING)
+    ready(port)
+    try:
+        await stop.wait()
+    finally:
+        log.info("draining", seconds=_DRAIN_SECONDS)
+        await health.enter_graceful_shutdown()
+        await server.stop(_DRAIN_SECONDS)
+
+
+def new_server() -> grpc.aio.Server:
+    """A server with our limits, without services yet."""
+    return grpc.aio.server(options=_OPTIONS)
+
+
+class _Wrapping:
+    """Takes the place of the server while generated code registers handlers, and wraps each of them."""
+
+    def __init__(self, server: grpc.aio.Server, to_status: Callable[[Exception], Status]) -> None:
+        self._server = server
+        self._to_status = to_status
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """Left out: the same handlers come again, by name, in add_registered_method_handlers."""
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        wrapped = {name: self._wrap(f"/{service}/{name}", handler) for name, handler in handlers.items()}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, wrapped),))
+
+    def _wrap(self, method: str, handler: Any) -> Any:
+        read, write = _bounded(handler.request_deserializer), _serialize
+        if handler.unary_unary:
+            return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary), read, write)
+        if handler.unary_stream:
+            return grpc.unary_stream_rpc_method_handler(self._watch(method, handler.unary_stream), read, write)
+        if handler.stream_stream:
+            return grpc.stream_stream_rpc_method_handler(self._stream(method, handler.stream_stream), read, write)
+        return grpc.stream_unary_rpc_method_handler(self._collect(method, handler.stream_unary), read, write)
+
+    def _unary(self, method: str, handler: Any) -> Any:
+        ok, seconds = _calls.labels(method, "OK"), _seconds.labels(method)
+
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            started = time.perf_counter()
+            try:
+                _check(request)
+                response = await handler(request, context)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
+                await self._refuse(method, context, error)
+            ok.inc()
+            seconds.observe(time.perf_counter() - started)
+            return response
+
+        return call
+
+    def _watch(self, method: str, handler: Any) -> Any:
+        assert inspect.iscoroutinefunction(handler), f"{method} must write to its context"
+
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            try:
+                _check(request)
+                await handler(request, context)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
+                await self._refuse(method, context, error)
+            _calls.labels(method, "OK").inc()
+
+        return call
+
+    def _stream(self, method: str, handler: Any) -> Any:
+        assert inspect.iscoroutinefunction(handler), f"{method} must write to its context"
+
+        async def call(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            try:
+                await handler(_checked(requests), context)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
+                await self._refuse(method, context, error)
+            _calls.labels(method, "OK").inc()
+
+        return call
+
+    def _collect(self, method: str, handler: Any) -> Any:
+        async def call(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            try:
+                response = await handler(_checked(requests), context)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
+                await self._refuse(method, context, error)
+            _calls.labels(method, "OK").inc()
+            return response
+
+        return call
+
+    async def _refuse(self, method: str, context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
+        if isinstance(error, grpc.aio.AbortError):
+            raise error
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
+        status = rpc_status.to_status(self._to_status(error))
+        _calls.labels(method, status.code.name).inc()
+        await context.abort_with_status(status)
+
+
+def _bounded(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Message | _Unreadable]:
+    def read(data: bytes) -> Message | _Unreadable:
+        if len(data) > MAX_REQUEST_BYTES:
+            return _Unreadable(f"has {len(data):,} bytes; at most {MAX_REQUEST_BYTES:,} are allowed")
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return _Unreadable("is not a valid message of its type")
+
+    return read
+
+
+def _serialize(response: Message | bytes) -> bytes:
+    return response if isinstance(response, bytes) else response.SerializeToString()
+
+
+def _check(request: Any) -> None:
+    if isinstance(request, _Unreadable):
+        raise InvalidMessage({"": request.problem})
+    try:
+        protovalidate.validate(request)
+    except protovalidate.ValidationError as error:
+        raise InvalidMessage({_path(violation): violation.proto.message for violation in error.violations}) from error
+
+
+async def _checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        _check(request)
+        yield request
+
+
+def _path(violation: protovalidate.Violation) -> str:
+    """The field that breaks a rule, as AIP-193 writes it: `poll.options[2].label`."""
+    parts = []
+    for element in violation.proto.field.elements if violation.proto.field else ():
+        index = f"[{element.subscript.value}]" if element.subscript else ""
+        parts.append(f"{element.field_name}{index}")
+    return ".".join(parts)
