@@ -1,6 +1,7 @@
 """`python -m command_server`: the write side as a process."""
 
 import asyncio
+from collections.abc import Callable
 
 from pydantic import Field
 from tally.command.v1 import command_service_pb2
@@ -31,6 +32,11 @@ class CommandSettings(Settings):
 async def main(stop: asyncio.Event) -> None:
     settings = CommandSettings.from_environment()
     telemetry.start("command_server", settings)
+    await serve(settings, stop, lambda port: lifecycle.announce("serving", settings, port=port))
+
+
+async def serve(settings: CommandSettings, stop: asyncio.Event, ready: Callable[[int], None]) -> None:
+    """Serves until `stop`, then records what was accepted. `ready` gets the port."""
     pool = await postgres.connect_pool(settings.write_dsn, size=COMMITTERS + 5, application="command_server")
     polls = Polls(pool)
     box = BallotBox(pool, polls)
@@ -40,13 +46,7 @@ async def main(stop: asyncio.Event) -> None:
     serving.add_service(server, add_CommandServiceServicer_to_server, service, status_of)
     async with asyncio.TaskGroup() as tasks:
         committing = tasks.create_task(box.run())
-        await serving.serve(
-            server,
-            settings.command_listen,
-            [SERVICE],
-            stop,
-            lambda port: lifecycle.announce("serving", settings, port=port),
-        )
+        await serving.serve(server, settings.command_listen, [SERVICE], stop, ready)
         await box.drain()
         committing.cancel()
     pool.terminate()

@@ -67,21 +67,22 @@ class CommandService(CommandServiceServicer):
     async def CastVotes(  # type: ignore[override]  # it writes to its context
         self, requests: AsyncIterator[pb.CastVotesRequest], context: Context
     ) -> None:
-        under_way: asyncio.Queue[_Batch | None] = asyncio.Queue(STREAM_IN_FLIGHT)
+        under_way: asyncio.Queue[_Batch | Exception | None] = asyncio.Queue(STREAM_IN_FLIGHT)
 
         async def read() -> None:
             try:
                 async for request in requests:
                     await under_way.put(await self._submit(request))
-            finally:
-                # Also where a request breaks the rules: what came before it is answered first.
-                await under_way.put(None)
+            except Exception as error:  # noqa: BLE001 - what came before it is answered first
+                await under_way.put(error)
+            await under_way.put(None)
 
         async with asyncio.TaskGroup() as tasks:
-            reading = tasks.create_task(read())
+            tasks.create_task(read())
             while (batch := await under_way.get()) is not None:
+                if isinstance(batch, Exception):
+                    raise batch
                 await context.write(await batch.response())
-            await reading
 
     async def _submit(self, request: pb.CastVotesRequest) -> "_Batch":
         """Puts the valid votes of a batch into the ballot box; the others are rejected one by one."""

@@ -1,0 +1,80 @@
+"""What the tests share: one Postgres, NATS and Redis for the whole run, and fresh databases for each test."""
+
+import itertools
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from pathlib import Path
+
+import asyncpg
+import nats
+import pytest
+import redis.asyncio
+from nats.js import JetStreamContext
+
+from runtime import embedded, postgres
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+async def stores() -> AsyncIterator[embedded.Stores]:
+    """The real servers. Their databases tally_write and tally_read are the migrated templates: connect to neither."""
+    with tempfile.TemporaryDirectory(prefix="tally-") as directory:
+        async with embedded.stores(Path(directory), ["tally_write", "tally_read"]) as running:
+            await postgres.migrate(running.dsn("tally_write"), files("migrations") / "write")
+            await postgres.migrate(running.dsn("tally_read"), files("migrations") / "read")
+            yield running
+
+
+@pytest.fixture
+async def write_dsn(stores: embedded.Stores) -> AsyncIterator[str]:
+    """A new, empty write database."""
+    async with _clone(stores, "tally_write") as dsn:
+        yield dsn
+
+
+@pytest.fixture
+async def read_dsn(stores: embedded.Stores) -> AsyncIterator[str]:
+    """A new, empty read database."""
+    async with _clone(stores, "tally_read") as dsn:
+        yield dsn
+
+
+@pytest.fixture
+async def nats_url(stores: embedded.Stores) -> str:
+    """NATS without any stream."""
+    connection = await nats.connect(stores.nats_url)
+    try:
+        stream: JetStreamContext = connection.jetstream()
+        for info in await stream.streams_info():
+            assert info.config.name
+            await stream.delete_stream(info.config.name)
+    finally:
+        await connection.close()
+    return stores.nats_url
+
+
+@pytest.fixture
+async def redis_url(stores: embedded.Stores) -> str:
+    """Redis without any key."""
+    async with redis.asyncio.Redis.from_url(stores.redis_url) as client:
+        await client.flushall()
+    return stores.redis_url
+
+
+@asynccontextmanager
+async def _clone(stores: embedded.Stores, template: str) -> AsyncIterator[str]:
+    name = f"{template}_{next(_numbers)}"
+    await _administer(stores, f"CREATE DATABASE {name} TEMPLATE {template} OWNER {template}")
+    yield stores.dsn(name, role=template)
+    await _administer(stores, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+async def _administer(stores: embedded.Stores, statement: str) -> None:
+    connection = await asyncpg.connect(stores.admin_dsn, timeout=10, command_timeout=30)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()

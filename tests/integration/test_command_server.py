@@ -1,0 +1,480 @@
+"""The write side against a real Postgres: what is acknowledged is there, once, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import asyncpg
+import grpc
+import pytest
+from tally.command.v1 import command_service_pb2 as pb
+from tally.command.v1.command_service_pb2_grpc import CommandServiceStub
+from tally.event.v1.event_pb2 import Event
+from tally.poll.v1.error_reason_pb2 import ErrorReason
+from tally.poll.v1.poll_pb2 import VOTING_METHOD_SINGLE_CHOICE, PollOption, PollSpec
+
+from command_server import ballot_box
+from contracts import freshness
+from contracts.voters import VoterKeys
+from runtime.embedded import Stores
+from tests.servers import VOTER_SECRET, command_channel, command_server, refused, sql
+
+if TYPE_CHECKING:
+    from tally.command.v1.command_service_pb2_grpc import CommandServiceAsyncStub
+
+SPEC = PollSpec(
+    title="Which day?",
+    method=VOTING_METHOD_SINGLE_CHOICE,
+    options=[PollOption(option_id="mon", label="Monday"), PollOption(option_id="tue", label="Tuesday")],
+)
+
+
+@pytest.fixture
+async def server(write_dsn: str) -> AsyncIterator[CommandServiceAsyncStub]:
+    async with command_server(write_dsn) as stub:
+        yield stub
+
+
+async def draft_poll(server: CommandServiceAsyncStub) -> str:
+    return (await server.CreatePoll(pb.CreatePollRequest(poll=SPEC))).poll_id
+
+
+async def open_poll(server: CommandServiceAsyncStub) -> str:
+    poll_id = await draft_poll(server)
+    await server.OpenPoll(pb.OpenPollRequest(poll_id=poll_id))
+    return poll_id
+
+
+def vote(poll_id: str, voter_id: str, *option_ids: str) -> pb.CastVoteRequest:
+    return pb.CastVoteRequest(poll_id=poll_id, voter_id=voter_id, option_ids=option_ids)
+
+
+def batch(poll_id: str, *votes: tuple[str, str], sequence: int = 0) -> pb.CastVotesRequest:
+    cast = [pb.Vote(voter_id=voter, option_ids=[option] if option else []) for voter, option in votes]
+    return pb.CastVotesRequest(batch_sequence=sequence, poll_id=poll_id, votes=cast)
+
+
+async def cast(server: CommandServiceAsyncStub, *batches: pb.CastVotesRequest) -> list[pb.CastVotesResponse]:
+    return [response async for response in server.CastVotes(iter(batches))]
+
+
+class Log:
+    """What the write database holds of one poll."""
+
+    def __init__(self, events: list[Any], votes: list[Any], outbox: list[int]) -> None:
+        self.events = [Event.FromString(event["payload"]) for event in events]
+        self.changes = [event.WhichOneof("change") for event in self.events]
+        self.versions = [event["version"] for event in events]
+        self.moments = [event["recorded_at"] for event in events]
+        self.votes = {row["voter_key"].bytes: row["option_no"] for row in votes}
+        self.rows = len(votes)
+        self.outbox = outbox
+
+    @property
+    def cast(self) -> list[tuple[bytes, int]]:
+        """The votes that the events tell of."""
+        told = []
+        for event in self.events:
+            keys, numbers = event.votes_cast.voter_keys, event.votes_cast.option_numbers
+            told += [(keys[16 * i : 16 * i + 16], number) for i, number in enumerate(numbers)]
+        return told
+
+
+async def read_log(dsn: str, poll_id: str) -> Log:
+    [poll] = await sql(dsn, "SELECT poll_no, version FROM polls WHERE poll_id = $1::text::uuid", poll_id)
+    number = poll["poll_no"]
+    events = await sql(dsn, "SELECT version, recorded_at, payload FROM events WHERE poll_no = $1 ORDER BY 1", number)
+    votes = await sql(dsn, "SELECT voter_key, option_no FROM votes WHERE poll_no = $1", number)
+    outbox = await sql(dsn, "SELECT version FROM outbox WHERE poll_no = $1 ORDER BY outbox_id", number)
+    log = Log(events, votes, [row["version"] for row in outbox])
+    # The invariants of every poll at every time: no gap, no clock that falls, nothing that the log and the votes
+    # disagree on, and every event on its way to the readers in the order of its versions.
+    assert log.versions == list(range(1, poll["version"] + 1))
+    assert log.moments == sorted(log.moments)
+    assert log.outbox == log.versions
+    assert len(log.cast) == log.rows
+    assert dict(log.cast) == log.votes
+    return log
+
+
+async def test_the_life_of_a_poll_is_its_log(server: CommandServiceAsyncStub, write_dsn: str) -> None:
+    created = await server.CreatePoll(pb.CreatePollRequest(poll=SPEC))
+    opened = await server.OpenPoll(pb.OpenPollRequest(poll_id=created.poll_id))
+    answer = await server.CastVote(vote(created.poll_id, "ada", "tue"))
+    closed = await server.ClosePoll(pb.ClosePollRequest(poll_id=created.poll_id))
+    log = await read_log(write_dsn, created.poll_id)
+    assert log.changes == ["poll_created", "poll_opened", "votes_cast", "poll_closed"]
+    assert log.events[0].poll_created.poll == SPEC
+    assert log.votes == {VoterKeys(VOTER_SECRET).voter_key("ada"): 1}
+    tokens = [answer.consistency_token for answer in (created, opened, answer, closed)]
+    assert [freshness.parse(token).version for token in tokens] == [1, 2, 3, 4]
+    assert answer.receipt.version == 3
+
+
+async def test_illegal_transitions_are_refused(server: CommandServiceAsyncStub, write_dsn: str) -> None:
+    poll_id = await draft_poll(server)
+    early = await refused(server.ClosePoll(pb.ClosePollRequest(poll_id=poll_id)))
+    assert (early.code, early.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "POLL_NOT_OPEN")
+    await server.OpenPoll(pb.OpenPollRequest(poll_id=poll_id))
+    again = await refused(server.OpenPoll(pb.OpenPollRequest(poll_id=poll_id)))
+    assert (again.code, again.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "POLL_NOT_DRAFT")
+    await server.ClosePoll(pb.ClosePollRequest(poll_id=poll_id))
+    assert (await refused(server.ClosePoll(pb.ClosePollRequest(poll_id=poll_id)))).reason == "POLL_NOT_OPEN"
+    assert (await refused(server.OpenPoll(pb.OpenPollRequest(poll_id=poll_id)))).reason == "POLL_NOT_DRAFT"
+    assert (await read_log(write_dsn, poll_id)).changes == ["poll_created", "poll_opened", "poll_closed"]
+
+
+async def test_a_request_id_makes_a_command_happen_once(server: CommandServiceAsyncStub, write_dsn: str) -> None:
+    create = pb.CreatePollRequest(request_id=str(uuid4()), poll=SPEC)
+    answers = await asyncio.gather(*(server.CreatePoll(create) for _ in range(20)))
+    assert len({answer.poll_id for answer in answers}) == 1
+    assert len(await sql(write_dsn, "SELECT FROM polls")) == 1
+
+    opening = pb.OpenPollRequest(request_id=str(uuid4()), poll_id=answers[0].poll_id)
+    opened = await asyncio.gather(*(server.OpenPoll(opening) for _ in range(20)))
+    assert len({answer.consistency_token for answer in opened}) == 1
+    assert (await read_log(write_dsn, answers[0].poll_id)).changes == ["poll_created", "poll_opened"]
+
+
+@pytest.mark.parametrize("other", ["another body", "another command"])
+async def test_a_request_id_cannot_be_used_for_something_else(server: CommandServiceAsyncStub, other: str) -> None:
+    create = pb.CreatePollRequest(request_id=str(uuid4()), poll=SPEC)
+    poll_id = (await server.CreatePoll(create)).poll_id
+    if other == "another body":
+        create.poll.title = "Which month?"
+        refusal = await refused(server.CreatePoll(create))
+    else:
+        refusal = await refused(server.OpenPoll(pb.OpenPollRequest(request_id=create.request_id, poll_id=poll_id)))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+    assert refusal.fields == ["request_id"]
+
+
+async def test_a_refused_command_can_be_repeated_when_it_is_due(server: CommandServiceAsyncStub) -> None:
+    poll_id = await draft_poll(server)
+    close = pb.ClosePollRequest(request_id=str(uuid4()), poll_id=poll_id)
+    assert (await refused(server.ClosePoll(close))).reason == "POLL_NOT_OPEN"
+    await server.OpenPoll(pb.OpenPollRequest(poll_id=poll_id))
+    await server.ClosePoll(close)
+
+
+async def test_one_vote_each(server: CommandServiceAsyncStub, write_dsn: str) -> None:
+    poll_id = await open_poll(server)
+    first = await server.CastVote(vote(poll_id, "ada", "mon"))
+    assert not first.already_recorded
+    again = await server.CastVote(vote(poll_id, "ada", "mon"))
+    assert again.already_recorded
+    assert again.receipt == first.receipt
+    other = await refused(server.CastVote(vote(poll_id, "ada", "tue")))
+    assert (other.code, other.reason) == (grpc.StatusCode.ALREADY_EXISTS, "ALREADY_VOTED")
+    assert (await read_log(write_dsn, poll_id)).votes == {VoterKeys(VOTER_SECRET).voter_key("ada"): 0}
+
+
+async def test_the_same_voter_votes_in_every_poll(server: CommandServiceAsyncStub) -> None:
+    receipts = [(await server.CastVote(vote(await open_poll(server), "ada", "mon"))).receipt for _ in range(2)]
+    assert receipts[0].receipt_id != receipts[1].receipt_id
+
+
+async def test_a_repeat_is_answered_even_after_closing(server: CommandServiceAsyncStub, write_dsn: str) -> None:
+    poll_id = await open_poll(server)
+    first = await server.CastVote(vote(poll_id, "ada", "mon"))
+    await server.ClosePoll(pb.ClosePollRequest(poll_id=poll_id))
+    again = await server.CastVote(vote(poll_id, "ada", "mon"))
+    assert again.receipt == first.receipt
+    for voter, option, reason in [("ada", "tue", "ALREADY_VOTED"), ("bob", "mon", "POLL_NOT_OPEN")]:
+        assert (await refused(server.CastVote(vote(poll_id, voter, option)))).reason == reason
+    assert (await read_log(write_dsn, poll_id)).changes[-1] == "poll_closed"
+
+
+async def test_a_batch_is_judged_vote_by_vote(server: CommandServiceAsyncStub, write_dsn: str) -> None:
+    poll_id = await open_poll(server)
+    await server.CastVote(vote(poll_id, "ada", "mon"))
+    long = "v" * 257
+    votes = [("ada", "mon"), ("bob", "tue"), ("ada", "tue"), ("", "mon"), ("bob", "tue"), ("bob", "mon"), ("cleo", "")]
+    votes += [("cleo", "sun"), (long, "mon"), ("dan", "mon")]
+    [response] = await cast(server, batch(poll_id, *votes, sequence=42))
+    assert (response.batch_sequence, response.accepted, response.already_recorded) == (42, 2, 2)
+    assert {rejection.index: ErrorReason.Name(rejection.reason) for rejection in response.rejections} == {
+        2: "ERROR_REASON_ALREADY_VOTED",
+        3: "ERROR_REASON_INVALID_REQUEST",
+        5: "ERROR_REASON_ALREADY_VOTED",
+        6: "ERROR_REASON_INVALID_REQUEST",
+        7: "ERROR_REASON_UNKNOWN_OPTION",
+        8: "ERROR_REASON_INVALID_REQUEST",
+    }
+    assert all(rejection.message for rejection in response.rejections)
+    assert freshness.parse(response.consistency_token).version == 4
+    assert Counter((await read_log(write_dsn, poll_id)).votes.values()) == {0: 2, 1: 1}
+
+
+async def test_a_bad_vote_never_fails_its_batch_or_stream(server: CommandServiceAsyncStub, write_dsn: str) -> None:
+    poll_id, draft = await open_poll(server), await draft_poll(server)
+    responses = await cast(
+        server,
+        batch(poll_id, ("ada", "mon"), sequence=1),
+        batch(str(uuid4()), ("ada", "mon"), ("bob", "mon"), sequence=2),
+        batch(draft, ("ada", "mon"), sequence=3),
+        batch(poll_id, ("bob", "mon"), sequence=4),
+    )
+    assert [response.batch_sequence for response in responses] == [1, 2, 3, 4]
+    assert [response.accepted for response in responses] == [1, 0, 0, 1]
+    reasons = [{ErrorReason.Name(r.reason) for r in response.rejections} for response in responses]
+    assert reasons == [set(), {"ERROR_REASON_POLL_NOT_FOUND"}, {"ERROR_REASON_POLL_NOT_OPEN"}, set()]
+    assert (await read_log(write_dsn, poll_id)).rows == 2
+
+
+async def test_what_came_before_a_broken_request_is_answered(server: CommandServiceAsyncStub, write_dsn: str) -> None:
+    poll_id = await open_poll(server)
+    call = server.CastVotes(iter([batch(poll_id, ("ada", "mon"), sequence=1), batch("no uuid", ("bob", "mon"))]))
+    answered = []
+    with pytest.raises(grpc.aio.AioRpcError) as error:  # noqa: PT012
+        async for response in call:
+            answered.append(response.batch_sequence)
+    assert answered == [1]
+    assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert (await read_log(write_dsn, poll_id)).rows == 1
+
+
+HUGE = "x" * 10_000_000
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "code", "reason", "fields"),
+    [
+        ("CreatePoll", pb.CreatePollRequest(), "INVALID_ARGUMENT", "INVALID_REQUEST", ["poll"]),
+        ("CreatePoll", pb.CreatePollRequest(request_id="1", poll=SPEC), "INVALID_ARGUMENT", "INVALID_REQUEST",
+         ["request_id"]),
+        ("CreatePoll", pb.CreatePollRequest(poll=PollSpec(title="?", method=VOTING_METHOD_SINGLE_CHOICE, options=[SPEC.options[0]] * 2)),
+         "INVALID_ARGUMENT", "INVALID_REQUEST", ["poll.options"]),
+        ("OpenPoll", pb.OpenPollRequest(poll_id="7"), "INVALID_ARGUMENT", "INVALID_REQUEST", ["poll_id"]),
+        ("OpenPoll", pb.OpenPollRequest(poll_id=str(uuid4())), "NOT_FOUND", "POLL_NOT_FOUND", []),
+        ("ClosePoll", pb.ClosePollRequest(poll_id=str(uuid4())), "NOT_FOUND", "POLL_NOT_FOUND", []),
+        ("CastVote", vote("", "ada", "mon"), "INVALID_ARGUMENT", "INVALID_REQUEST", ["poll_id"]),
+        ("CastVote", vote("OPEN", "", "mon"), "INVALID_ARGUMENT", "INVALID_REQUEST", ["voter_id"]),
+        ("CastVote", vote("OPEN", "ada"), "INVALID_ARGUMENT", "INVALID_REQUEST", ["option_ids"]),
+        ("CastVote", vote("OPEN", "ada", "sun"), "INVALID_ARGUMENT", "UNKNOWN_OPTION", []),
+        ("CastVote", vote("OPEN", "ada", "mon", "tue"), "INVALID_ARGUMENT", "TOO_MANY_CHOICES", []),
+        ("CastVote", vote(str(uuid4()), "ada", "mon"), "NOT_FOUND", "POLL_NOT_FOUND", []),
+        ("CastVote", vote("DRAFT", "ada", "mon"), "FAILED_PRECONDITION", "POLL_NOT_OPEN", []),
+        ("CastVote", vote("OPEN", HUGE, "mon"), "INVALID_ARGUMENT", "INVALID_REQUEST", [""]),
+    ],
+)  # fmt: skip
+async def test_bad_input_gets_a_clear_error_and_changes_nothing(
+    server: CommandServiceAsyncStub,
+    write_dsn: str,
+    method: str,
+    request_: Any,
+    code: str,
+    reason: str,
+    fields: list[str],
+) -> None:
+    polls = {"OPEN": await open_poll(server), "DRAFT": await draft_poll(server)}
+    if getattr(request_, "poll_id", "") in polls:
+        request_ = type(request_).FromString(request_.SerializeToString())
+        request_.poll_id = polls[request_.poll_id]
+    counting = "SELECT (SELECT count(*) FROM polls), (SELECT count(*) FROM events), (SELECT count(*) FROM votes)"
+    before = await sql(write_dsn, counting)
+    refusal = await refused(getattr(server, method)(request_))
+    assert (refusal.code.name, refusal.reason, refusal.domain) == (code, reason, "tally")
+    assert refusal.fields == fields
+    assert refusal.message
+    assert await sql(write_dsn, counting) == before
+
+
+async def test_bytes_that_are_no_message_are_refused(write_dsn: str) -> None:
+    async with command_channel(write_dsn) as channel:
+        raw: Any = channel.unary_unary("/tally.command.v1.CommandService/CastVote")
+        refusal = await refused(raw(b"\x0a\xff\xff\xff"))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+
+
+async def test_many_voters_at_once_over_both_calls_count_once(server: CommandServiceAsyncStub, write_dsn: str) -> None:
+    poll_id = await open_poll(server)
+    choices = random.Random(2013)
+    receipts: dict[str, set[str]] = {}
+    refusals = Counter[str]()
+
+    async def unary(voter: str, option: str) -> None:
+        try:
+            answer = await server.CastVote(vote(poll_id, voter, option))
+        except grpc.aio.AioRpcError as error:
+            refusals[error.code().name] += 1
+        else:
+            receipts.setdefault(voter, set()).add(answer.receipt.receipt_id + str(answer.receipt.version))
+
+    async def stream(votes: list[tuple[str, str]]) -> int:
+        responses = await cast(server, *(batch(poll_id, *votes[i : i + 7]) for i in range(0, len(votes), 7)))
+        assert {r.reason for response in responses for r in response.rejections} <= {8}, "only ALREADY_VOTED"
+        return sum(response.accepted for response in responses)
+
+    attempts = [(f"voter-{n}", choices.choice(["mon", "tue"])) for n in range(200) for _ in range(5)]
+    choices.shuffle(attempts)
+    await asyncio.gather(*(unary(*attempt) for attempt in attempts[:500]), stream(attempts[500:]), stream(attempts))
+    assert set(refusals) <= {"ALREADY_EXISTS"}
+    assert all(len(receipt) == 1 for receipt in receipts.values())
+    assert (await read_log(write_dsn, poll_id)).rows == 200
+
+
+async def test_overlapping_batches_of_several_servers_never_deadlock_or_double(write_dsn: str) -> None:
+    async with command_server(write_dsn) as one, command_server(write_dsn) as two:
+        poll_id = await open_poll(one)
+        voters = [f"voter-{n}" for n in range(3000)]
+        shuffled = [random.Random(seed).sample(voters, len(voters)) for seed in range(8)]
+        calls = [
+            cast(server, *(batch(poll_id, *((v, "mon") for v in order[i : i + 500])) for i in range(0, 3000, 500)))
+            for server, order in zip([one, two] * 4, shuffled, strict=True)
+        ]
+        responses = [response for answered in await asyncio.gather(*calls) for response in answered]
+        assert sum(response.accepted for response in responses) == 3000
+        assert sum(response.already_recorded for response in responses) == 7 * 3000
+        assert (await read_log(write_dsn, poll_id)).rows == 3000
+
+
+async def test_nothing_is_accepted_after_the_close(server: CommandServiceAsyncStub, write_dsn: str) -> None:
+    poll_id = await open_poll(server)
+    accepted = 0
+    refusals = set[str]()
+    closing = asyncio.Event()
+
+    async def keep_casting(name: str) -> None:
+        nonlocal accepted
+        for n in range(10_000):
+            try:
+                await server.CastVote(vote(poll_id, f"{name}-{n}", "mon"))
+            except grpc.aio.AioRpcError as error:
+                refusals.add(error.details() or "")
+                return
+            accepted += 1
+            if n == 5:
+                closing.set()
+
+    async def close() -> str:
+        await closing.wait()
+        return (await server.ClosePoll(pb.ClosePollRequest(poll_id=poll_id))).consistency_token
+
+    token, *_ = await asyncio.gather(close(), *(keep_casting(f"caster-{n}") for n in range(20)))
+    assert refusals == {"the poll is CLOSED and takes no votes"}
+    log = await read_log(write_dsn, poll_id)
+    assert log.changes[-1] == "poll_closed"
+    assert log.versions[-1] == freshness.parse(str(token)).version
+    assert log.rows == accepted > 0
+
+
+async def test_a_terminated_connection_loses_and_doubles_nothing(
+    server: CommandServiceAsyncStub, write_dsn: str
+) -> None:
+    poll_id = await open_poll(server)
+    streaming = asyncio.create_task(
+        cast(server, *(batch(poll_id, *((f"{b}-{v}", "tue") for v in range(200)), sequence=b) for b in range(100)))
+    )
+    kills = 0
+    while not streaming.done():
+        killed = await sql(
+            write_dsn,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'command_server'",
+        )
+        kills += len(killed)
+        await asyncio.sleep(0.05)
+    responses = await streaming
+    assert kills > 0
+    assert [response.batch_sequence for response in responses] == list(range(100))
+    # A batch whose first attempt had committed unseen is found by the second, and counts as accepted all the same.
+    assert sum(response.accepted for response in responses) == 20_000
+    assert (await read_log(write_dsn, poll_id)).rows == 20_000
+
+
+async def test_a_full_queue_refuses_a_vote_and_holds_a_stream(
+    server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ballot_box, "CAPACITY", 10)
+    poll_id = await open_poll(server)
+    connection = await asyncpg.connect(write_dsn)
+    async with connection.transaction():
+        # As long as the poll's row is locked, no batch can commit.
+        await connection.execute("SELECT FROM polls FOR UPDATE")
+        streaming = asyncio.create_task(
+            cast(server, *(batch(poll_id, *((f"{b}-{v}", "mon") for v in range(5)), sequence=b) for b in range(20)))
+        )
+        refusal = None
+        async with asyncio.timeout(10):
+            while refusal is None:
+                try:
+                    await server.CastVote(vote(poll_id, "late", "tue"), timeout=0.2)
+                except grpc.aio.AioRpcError as error:
+                    if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
+                        refusal = error
+        assert not streaming.done()
+    await connection.close()
+    assert (await refused(_raise(refusal))).reason == "OVERLOADED"
+    assert (await refused(_raise(refusal))).retry_after
+    assert [response.batch_sequence for response in await streaming] == list(range(20))
+    assert (await read_log(write_dsn, poll_id)).rows >= 100
+
+
+async def _raise(error: BaseException) -> None:
+    raise error
+
+
+async def test_an_unreachable_database_is_said_so_and_the_vote_can_be_repeated(
+    stores: Stores, write_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ballot_box, "PATIENCE_SECONDS", 0.3)
+    database = write_dsn.partition("?")[0].rpartition("/")[2]
+    async with command_server(write_dsn) as server:
+        poll_id = await open_poll(server)
+        await sql(stores.admin_dsn, f"ALTER DATABASE {database} ALLOW_CONNECTIONS false")
+        await sql(
+            stores.admin_dsn, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", database
+        )
+        for call in (
+            server.CastVote(vote(poll_id, "ada", "mon")),
+            server.ClosePoll(pb.ClosePollRequest(poll_id=poll_id)),
+        ):
+            refusal = await refused(call)
+            assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE")
+            assert refusal.retry_after
+            assert database not in refusal.message, "nothing of the driver's text"
+        await sql(stores.admin_dsn, f"ALTER DATABASE {database} ALLOW_CONNECTIONS true")
+        assert not (await server.CastVote(vote(poll_id, "ada", "mon"))).already_recorded
+    assert (await read_log(write_dsn, poll_id)).rows == 1
+
+
+@pytest.mark.parametrize("place", ["command.before_commit", "command.after_commit"])
+async def test_a_server_killed_while_it_commits_loses_and_doubles_nothing(write_dsn: str, place: str) -> None:
+    async with command_server(write_dsn) as server:
+        poll_id = await open_poll(server)
+        votes = batch(poll_id, *((f"voter-{n}", "mon") for n in range(50)))
+        await kill_while_casting(write_dsn, place, votes)
+        committed = place == "command.after_commit"
+        assert (await read_log(write_dsn, poll_id)).rows == (50 if committed else 0)
+        [again] = await cast(server, votes)
+        assert (again.accepted, again.already_recorded) == ((0, 50) if committed else (50, 0))
+        assert (await read_log(write_dsn, poll_id)).rows == 50
+
+
+async def kill_while_casting(write_dsn: str, place: str, votes: pb.CastVotesRequest) -> None:
+    """Casts votes at a server process that dies at the failpoint, before it can answer."""
+    environment = {
+        **os.environ,
+        "TALLY_COMMAND_LISTEN": "127.0.0.1:0",
+        "TALLY_WRITE_DSN": write_dsn,
+        "TALLY_VOTER_SECRET": VOTER_SECRET,
+        "TALLY_FAILPOINT": place,
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "command_server", env=environment, stderr=asyncio.subprocess.PIPE
+    )
+    assert process.stderr is not None
+    port = int((await process.stderr.readline()).split(b'"port": ')[1].split(b",")[0])
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        refusal = await refused(anext(aiter(CommandServiceStub(channel).CastVotes(iter([votes])))))
+    assert refusal.code == grpc.StatusCode.UNAVAILABLE
+    await process.communicate()
+    assert process.returncode == -signal.SIGKILL

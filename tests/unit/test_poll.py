@@ -1,0 +1,67 @@
+"""What may happen to a poll, and that deciding it touches nothing outside."""
+
+import subprocess
+import sys
+
+import pytest
+from tally.poll.v1.error_reason_pb2 import ErrorReason
+from tally.poll.v1.poll_pb2 import PollOption, PollSpec
+
+from command_server.poll import CLOSED, DRAFT, OPEN, choose, close_poll, create_poll, open_poll
+from contracts.refusals import Refusal
+
+SPEC = PollSpec(title="Lunch?", options=[PollOption(option_id="a"), PollOption(option_id="b")])
+
+
+def test_a_poll_lives_from_draft_to_open_to_closed() -> None:
+    created = create_poll(SPEC)
+    opened = open_poll(created.state)
+    closed = close_poll(opened.state)
+    assert [created.state, opened.state, closed.state] == [DRAFT, OPEN, CLOSED]
+    changes = [change.event.WhichOneof("change") for change in (created, opened, closed)]
+    assert changes == ["poll_created", "poll_opened", "poll_closed"]
+    assert created.event.poll_created.poll == SPEC
+
+
+@pytest.mark.parametrize("state", [OPEN, CLOSED])
+def test_only_a_draft_can_be_opened(state: str) -> None:
+    with pytest.raises(Refusal) as refusal:
+        open_poll(state)
+    assert refusal.value.reason == ErrorReason.ERROR_REASON_POLL_NOT_DRAFT
+
+
+@pytest.mark.parametrize("state", [DRAFT, CLOSED])
+def test_only_an_open_poll_can_be_closed(state: str) -> None:
+    with pytest.raises(Refusal) as refusal:
+        close_poll(state)
+    assert refusal.value.reason == ErrorReason.ERROR_REASON_POLL_NOT_OPEN
+
+
+@pytest.mark.parametrize(
+    ("option_ids", "reason"),
+    [
+        ([], ErrorReason.ERROR_REASON_INVALID_REQUEST),
+        (["a", "b"], ErrorReason.ERROR_REASON_TOO_MANY_CHOICES),
+        (["a", "a"], ErrorReason.ERROR_REASON_TOO_MANY_CHOICES),
+        (["c"], ErrorReason.ERROR_REASON_UNKNOWN_OPTION),
+        (["A"], ErrorReason.ERROR_REASON_UNKNOWN_OPTION),
+    ],
+)
+def test_a_single_choice_marks_one_known_option(option_ids: list[str], reason: ErrorReason.ValueType) -> None:
+    with pytest.raises(Refusal) as refusal:
+        choose({"a": 0, "b": 1}, option_ids)
+    assert refusal.value.reason == reason
+
+
+def test_a_choice_is_the_options_place() -> None:
+    assert choose({"a": 0, "b": 1}, ["b"]) == 1
+
+
+def test_the_domain_does_no_io() -> None:
+    """The domain imports no database, no bus, no cache and no server of its own accord."""
+    source = "import ast,sys; tree=ast.parse(open(sys.argv[1]).read()); print(*[n.name if isinstance(n,ast.alias) else"
+    source += " n.module for n in ast.walk(tree) if isinstance(n,(ast.alias,ast.ImportFrom))])"
+    imported = subprocess.run(
+        [sys.executable, "-c", source, "command_server/poll.py"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {name.split(".")[0] for name in imported} & {"grpc", "asyncpg", "nats", "redis", "asyncio", "socket"}
