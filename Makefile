@@ -52,10 +52,10 @@ verify: setup generate/verify ## format, lint, types, protos, and that gen/ is u
 	mypy
 	buf format --diff --exit-code protos
 	buf lint
-	buf breaking --against protos/released.binpb
+	buf breaking protos --against protos/released.binpb
 
 release-contract: setup ## record the protos as the released contract that `buf breaking` compares with
-	buf build -o protos/released.binpb
+	buf build protos --exclude-source-info -o protos/released.binpb
 
 lock: setup ## resolve requirements.lock anew
 	uv pip compile --quiet --universal --python-version 3.11 --extra dev --generate-hashes --no-header --no-emit-index-url \

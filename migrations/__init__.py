@@ -1,4 +1,4 @@
-"""The databases' schemas, as numbered SQL files: `write` for commands, `read` for queries. Files are never edited once released."""
+"""The schemas of the write and the read database, as numbered SQL files. A released file is never edited."""
 
 from importlib.resources import files
 

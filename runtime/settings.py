@@ -22,7 +22,7 @@ class Settings(BaseSettings):
     def from_environment(cls) -> Self:
         """The settings, or an exit with one line for each variable that is missing or wrong."""
         try:
-            return cls()  # type: ignore[call-arg]  # the environment gives the arguments
+            return cls()
         except ValidationError as error:
             for problem in error.errors():
                 variable = PREFIX + "_".join(str(part) for part in problem["loc"]).upper()
