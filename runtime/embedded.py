@@ -17,7 +17,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from typing import Any
 import asyncpg
 import psutil
 
-from runtime.supervisor import Died, Process, Program, leashed, sync_directory, write_atomically
+from runtime.supervisor import Died, Process, Program, leashed, start_together, sync_directory, write_atomically
 
 _HOST = "127.0.0.1"
 _SUPERUSER = "postgres"
@@ -114,6 +114,7 @@ class Postgres:
 
     async def _prepare(self, binaries: Path, user: tuple[int, int]) -> None:
         if self._data.exists():
+            await asyncio.to_thread(_hand_over, self._data, user)
             await self._clear()
         else:
             await asyncio.to_thread(self._create, binaries, user)
@@ -151,24 +152,29 @@ class Postgres:
     async def _clear(self) -> None:
         """Makes way for a start after the server was killed."""
         for _ in range(150):
-            strays = list(_working_in(self._data))
-            if not strays:
+            working = {process.pid: process for process in _working_in(self._data)}
+            if not working:
                 break
             await asyncio.sleep(0.02)
-        for stray in strays:
+        record = self._data / "postmaster.pid"
+        server = int(record.read_text().split()[0]) if record.exists() else None
+        if server in working:
+            # Someone has started it by other means; the new one will say so and end.
+            return
+        for orphan in working.values():
             with suppress(psutil.Error):
-                stray.kill()
-        # It names the process that wrote it; a server would refuse to start where that number is another process now.
-        with suppress(FileNotFoundError, ValueError):
-            pid = int((self._data / "postmaster.pid").read_text().splitlines()[0])
-            if psutil.pid_exists(pid):
-                (self._data / "postmaster.pid").unlink()
+                orphan.kill()
+        # The number in the file may be another process by now, and then a server would refuse to start.
+        if server and psutil.pid_exists(server):
+            record.unlink()
 
     async def _serves(self) -> bool:
         try:
             connection = await asyncpg.connect(self.admin_dsn, timeout=2)
         except (asyncpg.CannotConnectNowError, asyncpg.PostgresConnectionError, asyncpg.InternalClientError):
             return False
+        except asyncpg.InvalidPasswordError as error:
+            raise Died(f"{self._data} was not made with the password in {self._data}.json") from error
         await connection.close(timeout=2)
         return True
 
@@ -194,7 +200,7 @@ class Nats:
             listen: "{_HOST}:{self._kept["port"]}"
             authorization {{ user: nats, password: "{self._kept["passwords"]["nats"]}" }}
             max_payload: 8MB
-            jetstream {{ store_dir: {json.dumps(str(self._data))}, sync_interval: always }}
+            jetstream {{ store_dir: {_quoted(self._data)}, sync_interval: always }}
             """,
         )
         return Program(
@@ -233,7 +239,7 @@ class Redis:
                     f"bind {_HOST}",
                     f"port {self._kept['port']}",
                     f"requirepass {self._kept['passwords']['default']}",
-                    f"dir {json.dumps(str(self._data))}",
+                    f"dir {_quoted(self._data)}",
                     'save ""',
                     "appendonly yes",
                     "appendfsync everysec",
@@ -294,12 +300,10 @@ async def stores(directory: Path, databases: Sequence[str], *, shared_buffers: s
     )
     processes = [
         Process(program, directory / "logs" / f"{program.name}.log")
-        for program in await asyncio.gather(postgres.program(), nats.program(), redis.program())
+        for program in (await postgres.program(), await nats.program(), await redis.program())
     ]
     try:
-        async with asyncio.TaskGroup() as starting:
-            for process in processes:
-                starting.create_task(process.start())
+        await start_together(processes)
         await postgres.provision()
         yield Stores(postgres, nats, redis, *processes)
     finally:
@@ -308,7 +312,7 @@ async def stores(directory: Path, databases: Sequence[str], *, shared_buffers: s
                 stopping.create_task(process.stop())
 
 
-def free_port(taken: Sequence[int] = ()) -> int:
+def free_port(taken: Collection[int] = ()) -> int:
     """A port of 127.0.0.1 that no one listens on."""
     for port in random.sample(_PORTS, 200):
         if port not in taken and is_free(port):
@@ -316,12 +320,12 @@ def free_port(taken: Sequence[int] = ()) -> int:
     raise RuntimeError(f"no free port between {_PORTS.start} and {_PORTS.stop} on {_HOST}")
 
 
-def is_free(port: int, host: str = _HOST) -> bool:
-    """Whether a server could listen there."""
+def is_free(port: int) -> bool:
+    """Whether a server could listen on this port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            probe.bind((_HOST, port))
         except OSError:
             return False
         return True
@@ -340,8 +344,13 @@ def _keep(path: Path, users: Sequence[str]) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    """Nothing of ours: neither secrets nor variables that would change what a server does."""
-    return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+    """What a server needs of our environment: neither secrets, nor variables that change what it does."""
+    needed = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+    return {name: os.environ[name] for name in needed if name in os.environ} | {"LC_ALL": "C"}
+
+
+def _quoted(path: Path) -> str:
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def _executable(distribution: str, name: str) -> str:
@@ -359,9 +368,8 @@ def _user(data: Path) -> tuple[int, int]:
     """Who runs Postgres, as uid and gid: we ourselves, but if we are root the owner of its data."""
     if os.geteuid() != 0:
         return os.geteuid(), os.getegid()
-    if data.exists():
-        status = data.stat()
-        return status.st_uid, status.st_gid
+    if data.exists() and data.stat().st_uid != 0:
+        return data.stat().st_uid, data.stat().st_gid
     with suppress(OSError):
         options = ["--system", "--user-group", "--no-create-home", "--shell", "/usr/sbin/nologin"]
         # Fails where the user exists.
@@ -371,6 +379,15 @@ def _user(data: Path) -> tuple[int, int]:
             entry = pwd.getpwnam(name)
             return entry.pw_uid, entry.pw_gid
     raise Died("Postgres does not run as root, and there is no user nobody: start this as another user")
+
+
+def _hand_over(data: Path, user: tuple[int, int]) -> None:
+    """Gives the files to who runs Postgres, where root has copied them here."""
+    if data.stat().st_uid == user[0]:
+        return
+    for path in (*data.rglob("*"), data):
+        os.chown(path, *user, follow_symlinks=False)
+    data.chmod(0o700)
 
 
 def _binaries(user: tuple[int, int]) -> Path:
@@ -447,4 +464,3 @@ async def _execute(connection: asyncpg.Connection, statement: str, *arguments: s
     """Runs a statement that takes no parameters, with its arguments quoted in by the server: %I a name, %L a text."""
     places = ", ".join(f"${number}::text" for number in range(2, len(arguments) + 2))
     await connection.execute(await connection.fetchval(f"SELECT format($1, {places})", statement, *arguments))
-

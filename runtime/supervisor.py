@@ -76,7 +76,7 @@ class Process:
         self._child: asyncio.subprocess.Process | None = None
         self._status: int | None = None
         self._log_start = 0
-        self._log_seen = 0
+        self._log_seen = log.stat().st_size if log.exists() else 0
 
     @property
     def pid(self) -> int | None:
@@ -85,6 +85,8 @@ class Process:
 
     async def start(self) -> None:
         """Starts it and returns once it serves. Raises Died if it ends before that."""
+        if self.pid:
+            raise RuntimeError(f"{self.name} runs already")
         await self.program.prepare()
         if isinstance(self.program.ready, Path):
             self.program.ready.unlink(missing_ok=True)
@@ -157,8 +159,8 @@ class Process:
             return []
         with self.log.open("rb") as log:
             log.seek(self._log_seen)
-            whole = log.read(1 << 20).rpartition(b"\n")[0]
-        self._log_seen += len(whole) + 1 if whole else 0
+            whole, line_break, _ = log.read().rpartition(b"\n")
+        self._log_seen += len(whole + line_break)
         return whole.decode(errors="replace").splitlines()
 
     async def _spawn(self) -> None:
@@ -192,10 +194,7 @@ class Process:
         if self.log.exists() and self.log.stat().st_size > _LOG_LIMIT_BYTES:
             self.log.replace(self.log.with_name(self.log.name + ".1"))
             self._log_seen = 0
-        log = self.log.open("ab")
-        if self._status is None:
-            self._log_seen = log.tell()
-        return log
+        return self.log.open("ab")
 
 
 class Supervisor:
@@ -219,8 +218,7 @@ class Supervisor:
     async def start(self, programs: Iterable[Program], stop_seconds: float) -> None:
         """Starts programs at once and returns when all serve; from then on each is restarted when it dies.
 
-        Raises Died, in an ExceptionGroup, if one ends before it serves. Groups are stopped in reverse order; this one
-        has `stop_seconds` to end.
+        Raises Died if one ends before it serves. Groups are stopped in reverse order; this one has `stop_seconds`.
         """
         group = [
             Process(program, self._directory / "logs" / f"{program.name}.log", say=self._say, changed=self._changed)
@@ -228,9 +226,7 @@ class Supervisor:
         ]
         self.processes += group
         self._groups.append((group, stop_seconds))
-        async with asyncio.TaskGroup() as starting:
-            for process in group:
-                starting.create_task(process.start())
+        await start_together(group)
         self._watches += [self._tasks.create_task(self._keep(process)) for process in group]
 
     async def stop(self) -> None:
@@ -281,6 +277,16 @@ class Supervisor:
         self._on_change(self.processes)
 
 
+async def start_together(processes: Iterable[Process]) -> None:
+    """Starts processes at once and returns when all serve. Raises Died as soon as one ends before that."""
+    try:
+        async with asyncio.TaskGroup() as starting:
+            for process in processes:
+                starting.create_task(process.start())
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+
+
 @asynccontextmanager
 async def supervise(
     directory: Path,
@@ -299,17 +305,26 @@ async def supervise(
     async with asyncio.TaskGroup() as tasks:
         supervisor = Supervisor(directory, tasks, say, changed)
         echoing = tasks.create_task(_echo(supervisor, echo)) if echo else None
+        # Raised after the group, which would wrap it.
+        failure: Exception | None = None
         try:
             yield supervisor
+        except Exception as error:  # noqa: BLE001
+            failure = error
         finally:
             await supervisor.stop()
+            (directory / "processes.json").unlink(missing_ok=True)
             if echoing:
                 echoing.cancel()
-    (directory / "processes.json").unlink(missing_ok=True)
+    if failure:
+        raise failure
 
 
 def leashed(command: Sequence[str], orphan_signal: signal.Signals, user: tuple[int, int] | None = None) -> list[str]:
-    """The command line that runs `command` as `user` (uid, gid), with `orphan_signal` sent to it when we end."""
+    """The command line that runs `command` as `user` (uid, gid), with `orphan_signal` sent to it when we end.
+
+    On Linux "we" is the thread that starts it, so that had better be the main one.
+    """
     uid, gid = user or (os.geteuid(), os.getegid())
     arguments = (os.getpid(), orphan_signal.value, uid, gid)
     # Isolated and without site-packages it costs 10 ms.
@@ -343,11 +358,18 @@ def sync_directory(directory: Path) -> None:
 
 
 async def _echo(supervisor: Supervisor, echo: Callable[[str, str], None]) -> None:
-    while True:
-        for process in supervisor.processes:
-            for line in process.new_lines():
-                echo(process.name, line)
-        await asyncio.sleep(0.2)
+    try:
+        while True:
+            _echo_new_lines(supervisor, echo)
+            await asyncio.sleep(0.2)
+    finally:
+        _echo_new_lines(supervisor, echo)
+
+
+def _echo_new_lines(supervisor: Supervisor, echo: Callable[[str, str], None]) -> None:
+    for process in supervisor.processes:
+        for line in process.new_lines():
+            echo(process.name, line)
 
 
 async def _stop_leftovers(record: Path, say: Callable[[str], None]) -> None:

@@ -14,6 +14,7 @@ import redis.asyncio
 from nats.js import JetStreamContext
 
 from runtime import embedded, postgres
+from tests.system import System, running_system
 
 _numbers = itertools.count(1)
 
@@ -25,6 +26,14 @@ async def stores() -> AsyncIterator[embedded.Stores]:
         async with embedded.stores(Path(directory), ["tally_write", "tally_read"]) as running:
             await postgres.migrate(running.dsn("tally_write"), files("migrations") / "write")
             await postgres.migrate(running.dsn("tally_read"), files("migrations") / "read")
+            yield running
+
+
+@pytest.fixture(scope="session")
+async def system() -> AsyncIterator[System]:
+    """Everything that `tally up` runs, shared by the tests that ask for it: each makes polls of its own."""
+    with tempfile.TemporaryDirectory(prefix="tally-system-") as directory:
+        async with running_system(Path(directory)) as running:
             yield running
 
 

@@ -43,7 +43,9 @@ CREATE TABLE votes (
 -- Reading from an earlier place is harmless: `polls.version` tells what is already applied.
 CREATE TABLE stream_position (
     only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
-    -- When the stream was created; a stream that was made anew counts from 1 again.
-    stream_created_at text NOT NULL,
-    stream_sequence bigint NOT NULL
+    -- The last message of the stream that is applied, with all before it.
+    stream_sequence bigint NOT NULL,
+    -- When the stream stored that message, in microseconds of Unix time. A stream that was made anew, or that lost its
+    -- end, has another message in this place; then it is read from its beginning.
+    stored_at bigint NOT NULL
 );

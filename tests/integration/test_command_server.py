@@ -243,6 +243,7 @@ async def test_what_came_before_a_broken_request_is_answered(server: CommandServ
 
 
 HUGE = "x" * 10_000_000
+TWICE = PollSpec(title="?", method=VOTING_METHOD_SINGLE_CHOICE, options=[SPEC.options[0]] * 2)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,7 @@ HUGE = "x" * 10_000_000
         ("CreatePoll", pb.CreatePollRequest(), "INVALID_ARGUMENT", "INVALID_REQUEST", ["poll"]),
         ("CreatePoll", pb.CreatePollRequest(request_id="1", poll=SPEC), "INVALID_ARGUMENT", "INVALID_REQUEST",
          ["request_id"]),
-        ("CreatePoll", pb.CreatePollRequest(poll=PollSpec(title="?", method=VOTING_METHOD_SINGLE_CHOICE, options=[SPEC.options[0]] * 2)),
+        ("CreatePoll", pb.CreatePollRequest(poll=TWICE),
          "INVALID_ARGUMENT", "INVALID_REQUEST", ["poll.options"]),
         ("OpenPoll", pb.OpenPollRequest(poll_id="7"), "INVALID_ARGUMENT", "INVALID_REQUEST", ["poll_id"]),
         ("OpenPoll", pb.OpenPollRequest(poll_id=str(uuid4())), "NOT_FOUND", "POLL_NOT_FOUND", []),

@@ -1,0 +1,301 @@
+"""The command line `tally`."""
+
+import asyncio
+import shlex
+import sys
+from contextlib import aclosing, nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.live import Live
+from tally.command.v1.command_service_pb2 import CastVoteRequest, CastVoteResponse
+from tally.query.v1.query_service_pb2 import GetResultsRequest, GetResultsResponse
+
+from clients import databases, polls
+from clients.ballots import BallotFile
+from clients.charts import bar_chart, change_line, results_table
+from clients.connection import Address, CommandServer, QueryServer, find_address
+from clients.failures import Failure
+from clients.importing import Import, Outcome, PollTakesNoVotes
+from clients.options import (
+    DEFAULT_DATA_DIR,
+    CommandAddress,
+    DataDir,
+    Fresh,
+    OutputOption,
+    PollId,
+    QueryAddress,
+    RetryFor,
+)
+from clients.output import Output, console, plain, print_fields, print_json, say
+from clients.progress import Progress
+from clients.up import up
+from clients.watchers import watch as watch_results
+
+_INTERRUPTED = 130
+_SOME_REJECTED = 3
+_CHART_INTERVAL = 0.1
+
+app = typer.Typer(
+    name="tally",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Tally: durable votes, exact counts, live results.",
+)
+app.command()(up)
+app.add_typer(polls.app, name="poll")
+
+
+def main() -> None:
+    """The console script: what goes wrong is one line on stderr, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        # A label that the terminal's encoding does not have must not end a count.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        app()
+    except Failure as failure:
+        say(str(failure))
+        sys.exit(1)
+
+
+@app.command()
+def vote(
+    poll: PollId,
+    voter: Annotated[str, typer.Argument(metavar="VOTER", help="Who votes, in your own terms; 1 to 256 characters.")],
+    option: Annotated[str, typer.Argument(metavar="OPTION", help="The option's id.")],
+    command_address: CommandAddress = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Cast one vote. To repeat the same vote is harmless, and prints the first receipt again."""
+    request = CastVoteRequest(poll_id=poll, voter_id=voter, option_ids=[option])
+    response = asyncio.run(_vote(find_address("command", command_address, data_dir), request))
+    if output is Output.JSON:
+        print_json(plain(response))
+        return
+    receipt = response.receipt
+    print_fields(
+        {
+            "receipt_id": receipt.receipt_id,
+            "recorded_at": receipt.recorded_at.ToJsonString(),
+            "version": str(receipt.version),
+            "already_recorded": "yes" if response.already_recorded else "no",
+        }
+    )
+
+
+@app.command()
+def results(
+    poll: PollId,
+    at_least_as_fresh: Fresh = "",
+    query_address: QueryAddress = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Print the counts of a poll."""
+    request = GetResultsRequest(poll_id=poll, at_least_as_fresh=at_least_as_fresh)
+    response = asyncio.run(_results(find_address("query", query_address, data_dir), request))
+    if output is Output.JSON:
+        print_json(plain(response))
+    else:
+        console().print(results_table(response.results))
+
+
+@app.command()
+def watch(
+    poll: PollId,
+    min_interval: Annotated[
+        float | None,
+        typer.Option(min=0, max=60, metavar="SECONDS", help="Least time between two updates; 0.1 on a terminal."),
+    ] = None,
+    at_least_as_fresh: Fresh = "",
+    retry_for: RetryFor = 60.0,
+    query_address: QueryAddress = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Show the counts of a poll as they grow, until it is closed or you press Ctrl-C (exit code 130).
+
+    On a terminal this is a bar chart; elsewhere one line for each change, and with --output json one JSON object on
+    each line.
+    """
+    address = find_address("query", query_address, data_dir)
+    asyncio.run(_watch(address, poll, min_interval, at_least_as_fresh, retry_for, output))
+
+
+@app.command("import")
+def import_file(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Ballots, one a row: .csv, .csv.gz or .csv.xz.")],
+    choice_column: Annotated[str, typer.Option(help="The column with the choice. Blank choices are skipped.")],
+    title: Annotated[str | None, typer.Option(help="The title of the poll to create.")] = None,
+    voter_column: Annotated[
+        str | None,
+        typer.Option(help="The column that names the voter. Default: the file's content and the line do."),
+    ] = None,
+    ignore_choice: Annotated[
+        list[str] | None, typer.Option(metavar="CHOICE", help="A choice that is no vote, such as overvote. Repeatable.")
+    ] = None,
+    poll: Annotated[
+        str | None, typer.Option(metavar="ID", help="Cast into this poll instead of creating one.", show_default=False)
+    ] = None,
+    new_poll: Annotated[
+        bool, typer.Option("--new-poll", help="Create another poll even where the file was imported before.")
+    ] = False,
+    close: Annotated[bool, typer.Option("--close/--keep-open", help="Close the poll after the last row.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show the counts as they grow, on stderr.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, max=20_000, help="Votes in a batch.")] = 2_000,
+    in_flight: Annotated[int, typer.Option(min=1, max=100, help="Batches that wait for their answer at a time.")] = 8,
+    retry_for: RetryFor = 60.0,
+    command_address: CommandAddress = None,
+    query_address: QueryAddress = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Create a poll from a file of ballots, with the distinct choices as options, and cast every row.
+
+    The whole file is checked before anything is created. To run the same import again, after whatever happened, goes on
+    with the same poll and counts no ballot twice. Rejected rows are reported by line (the header is line 1) and reason.
+
+    Exit code: 0 if every row is recorded or skipped, 3 if some rows were rejected, 1 after an error, 2 for wrong usage,
+    130 if interrupted: a first Ctrl-C waits for the answers to what was sent.
+    """
+    if (title is None) == (poll is None) or (poll and new_poll):
+        raise typer.BadParameter("give either --title, for a new poll, or --poll, to go on with one")
+    addresses = find_address("command", command_address, data_dir), find_address("query", query_address, data_dir)
+    ballots = BallotFile(file, choice_column, voter_column, frozenset(ignore_choice or ()))
+    survey = ballots.survey()
+    if poll is None and len(survey.choices) < 2:
+        raise Failure(f"{file}: column {choice_column!r} holds {len(survey.choices)} choices; a poll needs two or more")
+    plan = Import(ballots, survey, title or "", poll, new_poll, batch_size, in_flight, close, watch, retry_for)
+    outcome = Outcome()
+    asyncio.run(_import(plan, *addresses, outcome))
+    _report(plan, outcome, output)
+    if outcome.interrupted or outcome.failure:
+        if outcome.poll_id and not isinstance(outcome.failure, PollTakesNoVotes):
+            options = {"--command-address": command_address, "--query-address": query_address}
+            say("to go on: " + shlex.join(_continuation(plan, outcome, options, data_dir)))
+        sys.exit(_INTERRUPTED if outcome.interrupted else 1)
+    if outcome.rejected:
+        sys.exit(_SOME_REJECTED)
+
+
+@app.command()
+def migrate(
+    write_dsn: Annotated[
+        str | None, typer.Option(envvar="TALLY_WRITE_DSN", show_envvar=True, help="The write database, as its owner.")
+    ] = None,
+    read_dsn: Annotated[
+        str | None, typer.Option(envvar="TALLY_READ_DSN", show_envvar=True, help="The read database, as its owner.")
+    ] = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Bring the schemas of your own databases up to date. Safe to repeat; `tally up` does it by itself."""
+    dsns = {"write": write_dsn, "read": read_dsn}
+    if not any(dsns.values()):
+        raise typer.BadParameter("give --write-dsn, --read-dsn or both")
+    applied = {name: asyncio.run(databases.migrate(name, dsn)) for name, dsn in dsns.items() if dsn}
+    if output is Output.JSON:
+        print_json({"applied": applied})
+    else:
+        print_fields({name: ", ".join(files) or "is up to date" for name, files in applied.items()})
+
+
+async def _vote(address: Address, request: CastVoteRequest) -> CastVoteResponse:
+    async with CommandServer(address) as commands:
+        return await commands.call(commands.stub.CastVote, request)
+
+
+async def _results(address: Address, request: GetResultsRequest) -> GetResultsResponse:
+    async with QueryServer(address) as queries:
+        return await queries.call(queries.stub.GetResults, request)
+
+
+async def _watch(
+    address: Address, poll_id: str, min_interval: float | None, token: str, retry_for: float, output: Output
+) -> None:
+    terminal = console()
+    chart = Live(console=terminal, auto_refresh=False)
+    as_chart = terminal.is_terminal and output is Output.TABLE
+    if min_interval is None and as_chart:
+        min_interval = _CHART_INTERVAL
+    async with QueryServer(address) as queries:
+        changes = watch_results(
+            queries, poll_id, min_interval=min_interval, at_least_as_fresh=token, retry_for=retry_for, on_lost=say
+        )
+        async with aclosing(changes):
+            with chart if as_chart else nullcontext():
+                async for counts in changes:
+                    if output is Output.JSON:
+                        print_json(plain(counts), one_line=True)
+                    elif as_chart:
+                        chart.update(bar_chart(counts, terminal.height - 2), refresh=True)
+                    else:
+                        print(change_line(counts), flush=True)
+
+
+async def _import(plan: Import, command_address: Address, query_address: Address, outcome: Outcome) -> None:
+    with Progress(outcome, plan.survey.votes + plan.survey.faulty) as progress:
+        async with CommandServer(command_address) as commands, QueryServer(query_address) as queries:
+            await plan.run(commands, queries, outcome, progress)
+
+
+def _report(plan: Import, outcome: Outcome, output: Output) -> None:
+    survey = plan.survey
+    total = survey.votes + survey.faulty
+    if output is Output.JSON and outcome.poll_id:
+        print_json(
+            {
+                "poll_id": outcome.poll_id,
+                "rows": total + survey.blank + survey.ignored,
+                "accepted": outcome.accepted,
+                "already_recorded": outcome.already_recorded,
+                "rejected": outcome.rejected,
+                "blank": survey.blank,
+                "ignored": survey.ignored,
+                "rejections": [rejection._asdict() for rejection in outcome.rejections],
+                "seconds": outcome.seconds,
+                "votes_per_second": outcome.votes_per_second,
+                "read_side_seconds": outcome.read_side_seconds,
+                "complete": not (outcome.interrupted or outcome.failure),
+                "results": plain(outcome.results) if outcome.results else None,
+            }
+        )
+    elif outcome.results:
+        console().print(results_table(outcome.results))
+    if outcome.failure:
+        say(str(outcome.failure))
+    if outcome.interrupted:
+        say("interrupted")
+    if outcome.poll_id:
+        say(
+            f"{outcome.answered:,} of {total:,} votes answered: {outcome.accepted:,} accepted,"
+            f" {outcome.already_recorded:,} recorded before, {outcome.rejected:,} rejected;"
+            f" skipped: {survey.blank:,} blank, {survey.ignored:,} ignored"
+        )
+    if outcome.seconds:
+        say(f"{outcome.votes_per_second:,.0f} votes/s for {outcome.seconds:.2f} s")
+    if outcome.read_side_seconds is not None:
+        say(f"the read side showed all of them {outcome.read_side_seconds * 1000:,.0f} ms after the last answer")
+
+
+def _continuation(plan: Import, outcome: Outcome, places: dict[str, str | None], data_dir: Path) -> list[str]:
+    """The command line that goes on with an import that ended early."""
+    file = plan.file
+    options = {
+        "--poll": outcome.poll_id,
+        "--choice-column": file.choice_column,
+        "--voter-column": file.voter_column,
+        **places,
+        "--data-dir": None if data_dir == DEFAULT_DATA_DIR else str(data_dir),
+    }
+    words = ["tally", "import", str(file.path)]
+    for name, value in options.items():
+        words += [name, value] if value is not None else []
+    for choice in sorted(file.ignored):
+        words += ["--ignore-choice", choice]
+    return [*words, "--close"] if plan.close else words
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clients.output import Output
+
+CommandAddress = Annotated[
+    str | None,
+    typer.Option(
+        envvar="TALLY_COMMAND_ADDRESS",
+        metavar="HOST:PORT",
+        help="The command server. Default: that of the `tally up` that runs in --data-dir.",
+    ),
+]
+QueryAddress = Annotated[
+    str | None,
+    typer.Option(
+        envvar="TALLY_QUERY_ADDRESS",
+        metavar="HOST:PORT",
+        help="The query server. Default: that of the `tally up` that runs in --data-dir.",
+    ),
+]
+DataDir = Annotated[Path, typer.Option(help="Where a `tally up` on this machine keeps its data and its run.json.")]
+DEFAULT_DATA_DIR = Path(".tally")
+OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Text for people or JSON for programs.")]
+Fresh = Annotated[
+    str,
+    typer.Option(metavar="TOKEN", help="A consistency_token: wait until that command's effect can be seen."),
+]
+PollId = Annotated[str, typer.Argument(metavar="POLL", help="The poll's id, a UUID.", show_default=False)]
+RetryFor = Annotated[float, typer.Option(metavar="SECONDS", min=0, help="How long to retry a lost connection.")]

@@ -1,0 +1,76 @@
+"""What the command line prints: data on stdout, as text or as JSON, and what it says about its work on stderr."""
+
+import json
+import sys
+from enum import StrEnum
+from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+# Into a file or a pipe nothing is cut to the width of a screen that is not there.
+_UNBOUNDED = 10_000
+
+_LONG = {FieldDescriptor.CPPTYPE_INT64, FieldDescriptor.CPPTYPE_UINT64}
+
+
+class Output(StrEnum):
+    """How a command prints its data."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+def console(*, stderr: bool = False) -> Console:
+    """The terminal, or whatever stands in its place."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, highlight=False, markup=False, width=None if stream.isatty() else _UNBOUNDED)
+
+
+def plain(message: Message) -> dict[str, Any]:
+    """A message as JSON data: proto field names, every field present, enums by name, int64 as numbers."""
+    data: dict[str, Any] = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    _numbers(message.DESCRIPTOR, data)
+    return data
+
+
+def print_json(data: dict[str, Any], *, one_line: bool = False) -> None:
+    """Prints one JSON object, where asked to on a line of its own."""
+    text = json.dumps(data, indent=None if one_line else 2, ensure_ascii=sys.stdout.encoding.lower() != "utf-8")
+    print(text, flush=True)
+
+
+def print_fields(fields: dict[str, str]) -> None:
+    """Prints names and values, one pair a line."""
+    grid = Table.grid(padding=(0, 2))
+    for name, value in fields.items():
+        grid.add_row(Text(name, style="dim"), shown(value))
+    console().print(grid)
+
+
+def say(text: str) -> None:
+    """Says something about the work that is under way, or what came of it."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def shown(text: str, style: str = "") -> Text:
+    """Somebody else's words, without the control characters with which they could take the terminal over."""
+    return Text("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text), style=style, overflow="fold")
+
+
+def _numbers(descriptor: Any, data: dict[str, Any]) -> None:
+    """Turns int64 back from the strings that protobuf's JSON makes of them, in place."""
+    for field in descriptor.fields:
+        value = data.get(field.name)
+        if field.cpp_type in _LONG:
+            data[field.name] = [int(v) for v in value] if isinstance(value, list) else int(value or 0)
+        elif field.message_type:
+            for part in value if isinstance(value, list) else [value]:
+                if isinstance(part, dict):
+                    _numbers(field.message_type, part)

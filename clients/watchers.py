@@ -1,0 +1,62 @@
+"""A watcher of a poll: hears of every newer result, also across lost connections."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from tally.poll.v1.poll_pb2 import PollState
+from tally.query.v1.query_service_pb2 import Results, WatchResultsRequest
+
+from clients.connection import Patience, QueryServer, is_transient
+from clients.failures import Failure
+
+# The stream is asked for anew this often, so that neither side keeps one for a peer that is gone.
+_RENEWAL_SECONDS = 300.0
+
+
+async def watch(
+    queries: QueryServer,
+    poll_id: str,
+    *,
+    min_interval: float | None = None,
+    at_least_as_fresh: str = "",
+    retry_for: float = 60.0,
+    on_lost: Callable[[str], None] = lambda _: None,
+) -> AsyncGenerator[Results, None]:
+    """Yields the current results, then newer ones, until those of the closed poll; versions only grow.
+
+    `min_interval`: seconds between two results at least. A lost connection is told to `on_lost` and retried for
+    `retry_for` seconds. Raises Failure. To be closed by its caller (contextlib.aclosing).
+    """
+    request = WatchResultsRequest(poll_ids=[poll_id], at_least_as_fresh=at_least_as_fresh)
+    if min_interval is not None:
+        interval = Duration()
+        interval.FromMilliseconds(round(min_interval * 1000))
+        request.min_interval.CopyFrom(interval)
+    patience = Patience(retry_for)
+    version = 0
+    while True:
+        call = queries.stub.WatchResults(request, timeout=_RENEWAL_SECONDS)
+        trouble = Failure("the query server ended the stream")
+        try:
+            async for response in call:
+                patience.renew()
+                results = response.results
+                if results.version > version:
+                    version = results.version
+                    yield results
+                    if results.state == PollState.POLL_STATE_CLOSED:
+                        return
+            pause = patience.pause()
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and version:
+                continue
+            trouble = queries.refused(error)
+            pause = patience.pause(error) if is_transient(error) else None
+        finally:
+            call.cancel()
+        if pause is None:
+            raise trouble
+        on_lost(f"{trouble}; trying again")
+        await asyncio.sleep(pause)

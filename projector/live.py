@@ -1,0 +1,97 @@
+"""The live counters in Redis: each result is encoded once, stored, and sent to its subscribers in the same step."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import ClassVar
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from tally.poll.v1.poll_pb2 import PollOption
+from tally.query.v1.query_service_pb2 import RESULTS_SOURCE_LIVE_CACHE, GetResultsResponse, OptionCount, Results
+
+from contracts.live import POSITION_KEY, live_key
+from projector.fold import Tally
+from projector.projection import Change, Displaced
+from projector.stream import Position
+
+_SECONDS = 5.0
+_SCRIPT = (files(__package__) / "live.lua").read_text()
+
+
+class Live:
+    """The read model `live`; made by `connect`."""
+
+    name: ClassVar[str] = "live"
+    failures: ClassVar[tuple[type[Exception], ...]] = (RedisError, OSError, TimeoutError)
+    refusals: ClassVar[tuple[type[Exception], ...]] = ()
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._store = redis.register_script(_SCRIPT)
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, redis_url: str) -> AsyncIterator["Live"]:
+        """Opens the read model for one session."""
+        # No retries below this: the session begins anew and finds out what was stored.
+        redis = Redis.from_url(
+            redis_url, socket_connect_timeout=2, socket_timeout=_SECONDS, retry=Retry(NoBackoff(), 0)
+        )
+        try:
+            yield cls(redis)
+        finally:
+            await redis.aclose()
+
+    async def position(self) -> Position | None:
+        value = await self._redis.get(POSITION_KEY)
+        return Position(*map(int, value.split())) if value else None
+
+    async def load(self, poll_ids: Sequence[str]) -> dict[str, Tally]:
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for poll_id in poll_ids:
+                pipeline.hget(live_key(poll_id), "results")
+            values = await pipeline.execute()
+        return {poll_id: _tally(value) for poll_id, value in zip(poll_ids, values, strict=True) if value}
+
+    async def store(self, changes: Sequence[Change], old: Position | None, new: Position) -> None:
+        keys = [POSITION_KEY, *(live_key(change.poll_id) for change in changes)]
+        arguments: list[str | bytes | int] = [_text(old), _text(new)]
+        for change in changes:
+            arguments += [change.before, change.tally.version, _results(change.poll_id, change.tally)]
+        unexpected = await self._store(keys=keys, args=arguments)
+        if unexpected:
+            raise Displaced(f"{unexpected.decode()} is not as this process left it")
+
+
+def _results(poll_id: str, tally: Tally) -> bytes:
+    results = Results(
+        poll_id=poll_id,
+        state=tally.state,
+        version=tally.version,
+        counts=[
+            OptionCount(option_id=option.option_id, label=option.label, count=count)
+            for option, count in zip(tally.options, tally.counts, strict=True)
+        ],
+        total_votes=sum(tally.counts),
+        as_of=tally.as_of,
+        source=RESULTS_SOURCE_LIVE_CACHE,
+    )
+    return GetResultsResponse(results=results).SerializeToString()
+
+
+def _tally(value: bytes) -> Tally:
+    results = GetResultsResponse.FromString(value).results
+    return Tally(
+        version=results.version,
+        state=results.state,
+        options=tuple(PollOption(option_id=option.option_id, label=option.label) for option in results.counts),
+        counts=tuple(option.count for option in results.counts),
+        as_of=results.as_of,
+    )
+
+
+def _text(position: Position | None) -> str:
+    return f"{position.sequence} {position.stored_at}" if position else ""

@@ -1,0 +1,180 @@
+"""The views in the read database: a row for each poll, a row for each counted vote."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from struct import Struct
+from typing import ClassVar
+
+import asyncpg
+from google.protobuf.timestamp_pb2 import Timestamp
+from tally.event.v1.event_pb2 import Event
+from tally.poll.v1.poll_pb2 import PollOption, PollState, VotingMethod
+
+from contracts.voters import KEY_BYTES
+from projector.fold import Tally
+from projector.projection import Change, Displaced
+from projector.stream import Position
+from runtime import postgres
+
+sql = postgres.queries(__package__)
+
+_SECONDS = 30.0
+_SESSION = {
+    "application_name": "projector views",
+    # A commit that a crash undoes is read from the stream again: its position is undone with it.
+    "synchronous_commit": "off",
+    "idle_in_transaction_session_timeout": "30s",
+    # Each of these statements knows its rows by key, however many rows a table has.
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "1",
+    "tcp_keepalives_count": "5",
+}
+
+# COPY's binary format: a header, rows of fields that each begin with their length, and an end.
+_COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+_COPY_END = b"\xff\xff"
+_VOTE_COLUMNS = ["version", "recorded_at", "poll_no", "voter_key"]
+# A row up to its voter key, which is different in each row of an event.
+_VOTE = Struct(">h iq iq ii i")
+_KEY = Struct(f"{KEY_BYTES}s")
+# Postgres counts time from 2000.
+_EPOCH_SECONDS = 946_684_800
+
+
+class Views:
+    """The read model `views`; made by `connect`."""
+
+    name: ClassVar[str] = "views"
+    failures: ClassVar[tuple[type[Exception], ...]] = (*postgres.UNAVAILABLE, asyncpg.PostgresError)
+    refusals: ClassVar[tuple[type[Exception], ...]] = (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError)
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self._connection = connection
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, read_dsn: str) -> AsyncIterator["Views"]:
+        """Opens the read model for one session."""
+        connection = await asyncpg.connect(read_dsn, timeout=5, command_timeout=_SECONDS, server_settings=_SESSION)
+        try:
+            yield cls(connection)
+        finally:
+            connection.terminate()
+
+    async def position(self) -> Position | None:
+        row = await self._connection.fetchrow(sql.position)
+        return Position(*row) if row else None
+
+    async def load(self, poll_ids: Sequence[str]) -> dict[str, Tally]:
+        rows = await self._connection.fetch(sql.tallies, poll_ids)
+        return {str(row["poll_id"]): _tally(row) for row in rows}
+
+    async def store(self, changes: Sequence[Change], old: Position | None, new: Position) -> None:
+        async with self._connection.transaction():
+            poll_nos = await self._store_polls(changes)
+            if len(poll_nos) != len(changes):
+                raise Displaced("a poll is not at the version that this process left it at")
+            rows = [_votes(poll_nos[change.poll_id], event) for change in changes for event in change.events]
+            if any(rows):
+                await self._connection.copy_to_table(
+                    "votes", source=_chunks(rows), columns=_VOTE_COLUMNS, format="binary", timeout=_SECONDS
+                )
+            if old is None:
+                moved = await self._connection.execute(sql.begin, *new)
+            else:
+                moved = await self._connection.execute(sql.move, *old, *new)
+            if moved not in ("INSERT 0 1", "UPDATE 1"):
+                raise Displaced("the position is not the one that was stored")
+
+    async def _store_polls(self, changes: Sequence[Change]) -> Mapping[str, int]:
+        """The poll_no of each poll that was at the version before its change, and now has that change."""
+        rows: list[asyncpg.Record] = []
+        created = [_inserted(change) for change in changes if change.before == 0]
+        if created:
+            rows += await self._connection.fetchmany(sql.insert_poll, created)
+        updated = [_updated(change) for change in changes if change.before > 0]
+        if updated:
+            rows += await self._connection.fetch(sql.update_polls, *zip(*updated, strict=True))
+        return {str(row["poll_id"]): row["poll_no"] for row in rows}
+
+
+def _inserted(change: Change) -> tuple[object, ...]:
+    created = change.events[0]
+    poll, tally = created.poll_created.poll, change.tally
+    return (
+        change.poll_id,
+        tally.version,
+        _state(tally),
+        VotingMethod.Name(poll.method).removeprefix("VOTING_METHOD_"),
+        poll.title,
+        poll.description,
+        [option.option_id for option in tally.options],
+        [option.label for option in tally.options],
+        tally.counts,
+        sum(tally.counts),
+        _moment(tally.as_of),
+        _moment(created.recorded_at),
+        _when(change.events, "poll_opened"),
+        _when(change.events, "poll_closed"),
+    )
+
+
+def _updated(change: Change) -> tuple[object, ...]:
+    tally = change.tally
+    return (
+        change.poll_id,
+        change.before,
+        tally.version,
+        _state(tally),
+        f"{{{','.join(map(str, tally.counts))}}}",
+        sum(tally.counts),
+        _moment(tally.as_of),
+        _when(change.events, "poll_opened"),
+        _when(change.events, "poll_closed"),
+    )
+
+
+def _votes(poll_no: int, event: Event) -> bytes:
+    """The rows of an event's votes, as COPY takes them."""
+    keys = event.votes_cast.voter_keys
+    if not keys:
+        return b""
+    moment = (event.recorded_at.seconds - _EPOCH_SECONDS) * 1_000_000 + event.recorded_at.nanos // 1000
+    head = _VOTE.pack(len(_VOTE_COLUMNS), 8, event.version, 8, moment, 4, poll_no, KEY_BYTES)
+    return head + head.join([key for (key,) in _KEY.iter_unpack(keys)])
+
+
+async def _chunks(rows: Sequence[bytes]) -> AsyncIterator[bytes]:
+    yield _COPY_HEADER
+    for row in rows:
+        yield row
+    yield _COPY_END
+
+
+def _tally(row: asyncpg.Record) -> Tally:
+    as_of = Timestamp()
+    as_of.FromDatetime(row["as_of"])
+    options = zip(row["option_ids"], row["option_labels"], strict=True)
+    return Tally(
+        version=row["version"],
+        state=PollState.Value(f"POLL_STATE_{row['state']}"),
+        options=tuple(PollOption(option_id=option_id, label=label) for option_id, label in options),
+        counts=tuple(row["counts"]),
+        as_of=as_of,
+    )
+
+
+def _state(tally: Tally) -> str:
+    return PollState.Name(tally.state).removeprefix("POLL_STATE_")
+
+
+def _when(events: Sequence[Event], change: str) -> datetime | None:
+    return next((_moment(event.recorded_at) for event in events if event.WhichOneof("change") == change), None)
+
+
+def _moment(timestamp: Timestamp) -> datetime:
+    return timestamp.ToDatetime(UTC)

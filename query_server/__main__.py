@@ -1,0 +1,59 @@
+"""`python -m query_server`: the read side as a process."""
+
+import asyncio
+from collections.abc import Callable
+
+from pydantic import Field
+from tally.query.v1 import query_service_pb2
+from tally.query.v1.query_service_pb2_grpc import add_QueryServiceServicer_to_server
+
+from contracts.refusals import status_of
+from contracts.voters import VoterKeys
+from query_server import live
+from query_server.live import LiveResults
+from query_server.service import QueryService
+from query_server.views import CONNECTIONS, Views
+from query_server.watchers import Watchers
+from runtime import lifecycle, postgres, serving, telemetry
+from runtime.settings import Settings
+
+SERVICE = query_service_pb2.DESCRIPTOR.services_by_name["QueryService"].full_name
+
+
+class QuerySettings(Settings):
+    """What the query server reads from the environment."""
+
+    query_listen: str = Field("127.0.0.1:50052", description="host:port of the QueryService.")
+    read_dsn: str = Field(description="Postgres URL of the read database.")
+    redis_url: str = Field(description="Redis URL of the live counters.")
+    voter_secret: str = Field(
+        min_length=32, max_length=64, description="Key of the voter hash: the same in all command and query servers."
+    )
+
+
+async def main(stop: asyncio.Event) -> None:
+    settings = QuerySettings.from_environment()
+    telemetry.start("query_server", settings)
+    await serve(settings, stop, lambda port: lifecycle.announce("serving", settings, port=port))
+
+
+async def serve(settings: QuerySettings, stop: asyncio.Event, ready: Callable[[int], None]) -> None:
+    """Serves until `stop`, also while Redis or the read database is away. `ready` gets the port."""
+    pool = await postgres.connect_pool(settings.read_dsn, size=CONNECTIONS, application="query_server", read_only=True)
+    redis = live.connect(settings.redis_url)
+    views = Views(pool)
+    results = LiveResults(redis, views)
+    watchers = Watchers(redis, results, views)
+    service = QueryService(views, results, watchers, VoterKeys(settings.voter_secret))
+
+    server = serving.new_server()
+    serving.add_service(server, add_QueryServiceServicer_to_server, service, status_of)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(watchers.run(stop))
+        await serving.serve(server, settings.query_listen, [SERVICE], stop, ready)
+    await redis.aclose()
+    pool.terminate()
+
+
+if __name__ == "__main__":
+    lifecycle.run(main)

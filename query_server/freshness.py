@@ -1,0 +1,72 @@
+"""Reading one's own writes: which version a reader asks for, and how long it waits until the read model shows it."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Container
+from typing import Any, TypeVar
+from uuid import UUID
+
+import grpc
+from tally.poll.v1.error_reason_pb2 import ErrorReason
+
+from contracts.freshness import parse
+from contracts.refusals import Refusal, invalid_request
+from runtime.lifecycle import Backoff
+
+Answer = TypeVar("Answer")
+
+# How long a reader waits that sets no deadline, and how long at most; seconds.
+_DEFAULT_PATIENCE = 5.0
+_LONGEST_PATIENCE = 30.0
+# What an answer needs to reach the caller before its deadline.
+_MARGIN = 0.05
+
+
+def patience(context: grpc.aio.ServicerContext[Any, Any]) -> float:
+    """How long this call may wait for a read model to catch up, in seconds."""
+    remaining = context.time_remaining()
+    return _DEFAULT_PATIENCE if remaining is None else min(max(remaining - _MARGIN, 0.0), _LONGEST_PATIENCE)
+
+
+def wanted(at_least_as_fresh: str, poll_ids: Container[UUID]) -> dict[UUID, int]:
+    """The poll that the token is for, with the version to be shown; empty where there is no token.
+
+    Raises INVALID_REQUEST for a token of a poll that the request does not ask for.
+    """
+    if not at_least_as_fresh:
+        return {}
+    poll_id, version = parse(at_least_as_fresh)
+    if poll_id not in poll_ids:
+        raise invalid_request({"at_least_as_fresh": "must be a token of the poll that is asked for"})
+    return {poll_id: version}
+
+
+def behind(version: int, wanted_version: int) -> Refusal:
+    """What a caller is told whose patience ended while the read model was at `version`."""
+    missing = wanted_version - version
+    return Refusal(
+        ErrorReason.ERROR_REASON_READ_MODEL_BEHIND,
+        f"the read model is at version {version} of the poll, {missing} behind the version asked for; the write stands",
+    )
+
+
+async def caught_up(
+    read: Callable[[], Awaitable[tuple[int, Answer]]], version: int, seconds: float
+) -> tuple[int, Answer]:
+    """Reads, again and again for up to `seconds`, until the answer is of this version of the poll or a later one.
+
+    `read` returns the version with the answer, and so does this. Raises READ_MODEL_BEHIND.
+    """
+    seen, answer = await read()
+    if seen >= version:
+        return seen, answer
+    backoff = Backoff(first=0.01, longest=0.1)
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            while seen < version:
+                await backoff.wait()
+                seen, answer = await read()
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise behind(seen, version) from None
+    return seen, answer

@@ -1,0 +1,104 @@
+"""The results of a poll: the live counters in Redis; where it has nothing or does not answer, the read database."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+from uuid import UUID
+
+import structlog
+from prometheus_client import Counter
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+from tally.query.v1.query_service_pb2 import GetResultsResponse
+
+from contracts.live import live_key
+from query_server.views import Views
+
+log = structlog.get_logger()
+
+# Everything in which Redis can fail a reader; none of it is a reason to fail the caller.
+FAILURES = (RedisError, OSError, TimeoutError)
+
+# Redis answers well within a millisecond, or something is wrong with it; seconds.
+PATIENCE = 0.5
+# How long Redis is left alone after a failure: while it is dead, one call a second waits for it, not every call.
+_PAUSE = 1.0
+_CONNECTIONS = 32
+
+_failures = Counter("tally_query_redis_failures", "Questions that Redis did not answer.")
+_fallbacks = Counter("tally_query_fallbacks", "Results that were read from the read database instead of Redis.")
+
+
+def connect(redis_url: str) -> Redis:
+    """A client that connects when it is used, and leaves all patience and repetition to its user."""
+    pool = BlockingConnectionPool.from_url(
+        redis_url,
+        max_connections=_CONNECTIONS,
+        timeout=PATIENCE,
+        # Whoever asks sets a limit. The driver's own limit uses asyncio.wait_for, which in Python 3.11 can lose a
+        # cancellation.
+        socket_timeout=None,
+        retry=Retry(NoBackoff(), 0),
+        # The newer protocol begins each connection with questions that we have no use for.
+        protocol=2,
+    )
+    return Redis.from_pool(pool)
+
+
+def version_of(results: bytes) -> int:
+    """The version in a serialized GetResultsResponse. Raises DecodeError."""
+    return GetResultsResponse.FromString(results).results.version
+
+
+class LiveResults:
+    """Results as the serialized GetResultsResponse that the projector made, not parsed on their way to the caller."""
+
+    def __init__(self, redis: Redis, views: Views) -> None:
+        self._redis = redis
+        self._views = views
+        self._left_alone_until = 0.0
+
+    async def find(self, poll_id: UUID) -> bytes | None:
+        """The newest results at hand, None if there is no such poll; STORE_FAILURES if neither store answers."""
+        try:
+            results: bytes | None = await self._ask(lambda: self._redis.hget(live_key(poll_id), "results"))
+        except FAILURES:
+            results = None
+        if results is None:
+            _fallbacks.inc()
+            stored = await self._views.newer_results({poll_id: 0})
+            _, results = stored.get(poll_id, (0, None))
+        return results
+
+    async def counters(self, poll_ids: Sequence[UUID]) -> dict[UUID, bytes]:
+        """The results that Redis has, in one round trip. Raises one of FAILURES."""
+
+        async def ask() -> list[Any]:
+            async with self._redis.pipeline(transaction=False) as pipeline:
+                for poll_id in poll_ids:
+                    pipeline.hget(live_key(poll_id), "results")
+                # What is wrong with one poll is no failure of the others.
+                return await pipeline.execute(raise_on_error=False)
+
+        found = zip(poll_ids, await self._ask(ask), strict=True)
+        return {poll_id: results for poll_id, results in found if isinstance(results, bytes)}
+
+    def redis_is_back(self) -> None:
+        """Somebody has heard from Redis: there is no reason to leave it alone any longer."""
+        self._left_alone_until = 0.0
+
+    async def _ask(self, question: Callable[[], Awaitable[Any]]) -> Any:
+        if time.monotonic() < self._left_alone_until:
+            raise RedisConnectionError("left alone after a failure")
+        try:
+            async with asyncio.timeout(PATIENCE):
+                return await question()
+        except FAILURES as error:
+            self._left_alone_until = time.monotonic() + _PAUSE
+            _failures.inc()
+            log.warning("redis does not answer", error=f"{type(error).__name__}: {error}", left_alone_seconds=_PAUSE)
+            raise

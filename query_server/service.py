@@ -1,0 +1,86 @@
+"""The RPCs of QueryService: each handler reads its request, asks, and translates the answer."""
+
+import asyncio
+from typing import Any
+from uuid import UUID
+
+import grpc
+from tally.poll.v1.error_reason_pb2 import ErrorReason
+from tally.query.v1 import query_service_pb2 as pb
+from tally.query.v1.query_service_pb2_grpc import QueryServiceServicer
+
+from contracts.refusals import Refusal
+from contracts.voters import VoterKeys
+from query_server.freshness import caught_up, patience, wanted
+from query_server.live import LiveResults, version_of
+from query_server.views import Views, poll_not_found
+from query_server.watchers import Watchers
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+# A reader that takes no message for this long is sent away; seconds.
+STUCK = 30.0
+
+
+class QueryService(QueryServiceServicer):
+    """Reads. See protos/tally/query/v1/query_service.proto for what each promises."""
+
+    def __init__(self, views: Views, live: LiveResults, watchers: Watchers, voters: VoterKeys) -> None:
+        self._views = views
+        self._live = live
+        self._watchers = watchers
+        self._voters = voters
+
+    async def GetPoll(self, request: pb.GetPollRequest, context: Context) -> pb.GetPollResponse:
+        poll_id = UUID(request.poll_id)
+        version = wanted(request.at_least_as_fresh, [poll_id]).get(poll_id, 0)
+        _, poll = await caught_up(lambda: self._views.poll(poll_id), version, patience(context))
+        if poll is None:
+            raise poll_not_found(poll_id)
+        return pb.GetPollResponse(poll=poll)
+
+    async def ListPolls(self, request: pb.ListPollsRequest, context: Context) -> pb.ListPollsResponse:
+        return await self._views.polls(request.state, request.page_size, request.page_token)
+
+    async def GetResults(  # type: ignore[override]  # the bytes that the projector made
+        self, request: pb.GetResultsRequest, context: Context
+    ) -> bytes:
+        poll_id = UUID(request.poll_id)
+        fresh = wanted(request.at_least_as_fresh, [poll_id])
+        results = await self._live.find(poll_id)
+        if fresh and (results is None or version_of(results) < fresh[poll_id]):
+            async with self._watchers.watch([poll_id], fresh, patience(context)) as watcher:
+                results = await watcher.next()
+        if results is None:
+            raise poll_not_found(poll_id)
+        return results
+
+    async def WatchResults(  # type: ignore[override]  # it writes to its context
+        self, request: pb.WatchResultsRequest, context: Context
+    ) -> None:
+        poll_ids = [UUID(poll_id) for poll_id in request.poll_ids]
+        fresh = wanted(request.at_least_as_fresh, poll_ids)
+        min_interval = request.min_interval.ToTimedelta().total_seconds()
+        async with self._watchers.watch(poll_ids, fresh, patience(context), min_interval) as watcher:
+            while True:
+                await _write(context, await watcher.next())
+
+    async def GetVote(self, request: pb.GetVoteRequest, context: Context) -> pb.GetVoteResponse:
+        poll_id, voter_key = UUID(request.poll_id), self._voters.voter_key(request.voter_id)
+        version = wanted(request.at_least_as_fresh, [poll_id]).get(poll_id, 0)
+        seen, receipt = await caught_up(lambda: self._views.vote(poll_id, voter_key), version, patience(context))
+        if not seen:
+            raise poll_not_found(poll_id)
+        if receipt is None:
+            raise Refusal(ErrorReason.ERROR_REASON_VOTE_NOT_FOUND, "this voter has no vote in this poll")
+        receipt.receipt_id = self._voters.receipt_id(poll_id, voter_key)
+        return pb.GetVoteResponse(receipt=receipt)
+
+
+async def _write(context: Context, results: bytes) -> None:
+    try:
+        async with asyncio.timeout(STUCK):
+            await context.write(results)
+    except TimeoutError:
+        message = f"this reader took no message for {STUCK:g} s; watch again"
+        raise Refusal(ErrorReason.ERROR_REASON_OVERLOADED, message) from None

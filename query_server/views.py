@@ -1,0 +1,177 @@
+"""What readers ask of the read database: one statement for each question, its rows as messages of the contract."""
+
+import asyncio
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from struct import Struct
+from struct import error as StructError  # noqa: N812
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import asyncpg
+from tally.poll.v1.error_reason_pb2 import ErrorReason
+from tally.poll.v1.poll_pb2 import PollOption, PollState, VoteReceipt, VotingMethod
+from tally.query.v1.query_service_pb2 import (
+    GetResultsResponse,
+    ListPollsResponse,
+    OptionCount,
+    Poll,
+    Results,
+    ResultsSource,
+)
+
+from contracts.refusals import Refusal, invalid_request
+from runtime.postgres import queries
+
+sql = queries(__package__)
+
+CONNECTIONS = 10
+
+# The longest that a question may take, with the wait for a connection; seconds.
+_PATIENCE = 4.0
+# How long a server may take to stop a statement that nobody waits for any more, before its connection is cut; seconds.
+_CANCELLING = 0.5
+_DEFAULT_PAGE_SIZE = 50
+# gRPC clients refuse an answer above 4 MiB unless told otherwise; a page ends before that.
+_PAGE_BYTES = 3 << 20
+# Rows that are fetched at once: pages can be long, and a poll with all its options large.
+_PREFETCH = 50
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_PAGE_TOKEN = Struct(">BBq16s")
+_PAGE_TOKEN_FORMAT = 1
+
+
+class Views:
+    """Reads from the read database. Every method raises one of contracts.refusals.STORE_FAILURES where it is away."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+
+    async def poll(self, poll_id: UUID) -> tuple[int, Poll | None]:
+        """A poll with its version; 0 and None if there is none."""
+        rows = await self._fetch(sql.poll, poll_id)
+        return (rows[0]["version"], _poll(rows[0])) if rows else (0, None)
+
+    async def vote(self, poll_id: UUID, voter_key: bytes) -> tuple[int, VoteReceipt | None]:
+        """A poll's version, 0 if there is no such poll, and the receipt of a voter without its receipt_id."""
+        rows = await self._fetch(sql.vote, poll_id, UUID(bytes=voter_key))
+        if not rows:
+            return 0, None
+        version, vote_version, recorded_at = rows[0]
+        if vote_version is None:
+            return version, None
+        return version, VoteReceipt(poll_id=str(poll_id), version=vote_version, recorded_at=recorded_at)
+
+    async def newer_results(self, known: Mapping[UUID, int]) -> dict[UUID, tuple[int, bytes]]:
+        """The polls that have a later version than the known one: version and serialized GetResultsResponse."""
+        rows = await self._fetch(sql.newer_results, list(known), list(known.values()))
+        return {row["poll_id"]: (row["version"], _results(row).SerializeToString()) for row in rows}
+
+    async def polls(self, state: PollState.ValueType, page_size: int, page_token: str) -> ListPollsResponse:
+        """A page of polls, newest first. Raises INVALID_REQUEST for a token that no page with this state returned."""
+        after = _parse_page_token(page_token, state) if page_token else _FIRST_PAGE
+        limit = page_size or _DEFAULT_PAGE_SIZE
+        query, arguments = sql.polls_page, [after.created_at, after.poll_id, limit + 1]
+        if state:
+            query, arguments = sql.polls_page_in_state, [*arguments, PollState.Name(state).removeprefix("POLL_STATE_")]
+        page, size = ListPollsResponse(), 0
+        async with self._connection() as connection, connection.transaction():
+            async for row in connection.cursor(query, *arguments, prefetch=_PREFETCH):
+                poll = _poll(row)
+                size += poll.ByteSize()
+                if len(page.polls) == limit or (page.polls and size > _PAGE_BYTES):
+                    page.next_page_token = _page_token(page.polls[-1], state)
+                    break
+                page.polls.append(poll)
+        return page
+
+    async def _fetch(self, query: str, *arguments: object) -> list[Any]:
+        async with self._connection() as connection:
+            rows: list[Any] = await connection.fetch(query, *arguments)
+            return rows
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Any]:
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                connection = await self._pool.acquire()
+                try:
+                    yield connection
+                finally:
+                    await self._pool.release(connection, timeout=_CANCELLING)
+        except (asyncpg.InvalidCatalogNameError, asyncpg.UndefinedTableError) as error:
+            # It was wiped, and is not made anew yet.
+            raise ConnectionError("the read database has no tables") from error
+
+
+def poll_not_found(poll_id: UUID) -> Refusal:
+    """The read models do not know the poll."""
+    return Refusal(ErrorReason.ERROR_REASON_POLL_NOT_FOUND, f"there is no poll {poll_id}")
+
+
+class _Place(NamedTuple):
+    """Where a page ends; the next one holds what is older."""
+
+    created_at: datetime
+    poll_id: UUID
+
+
+_FIRST_PAGE = _Place(datetime(9999, 12, 31, tzinfo=UTC), UUID(int=0))
+
+
+def _page_token(last: Poll, state: PollState.ValueType) -> str:
+    microseconds = last.created_at.ToMicroseconds()
+    packed = _PAGE_TOKEN.pack(_PAGE_TOKEN_FORMAT, state, microseconds, UUID(last.poll_id).bytes)
+    return urlsafe_b64encode(packed).decode().rstrip("=")
+
+
+def _parse_page_token(page_token: str, state: PollState.ValueType) -> _Place:
+    try:
+        padded = page_token + "=" * (-len(page_token) % 4)
+        token_format, token_state, microseconds, poll_id = _PAGE_TOKEN.unpack(urlsafe_b64decode(padded.encode("ascii")))
+        place = _Place(_EPOCH + timedelta(microseconds=microseconds), UUID(bytes=poll_id))
+    except (ValueError, OverflowError, StructError):
+        token_format = None
+    if token_format != _PAGE_TOKEN_FORMAT:
+        raise invalid_request({"page_token": "must be the next_page_token of the page before"})
+    if token_state != state:
+        raise invalid_request({"page_token": "belongs to a list with another state"})
+    return place
+
+
+def _poll(row: Any) -> Poll:
+    options = zip(row["option_ids"], row["option_labels"], strict=True)
+    return Poll(
+        poll_id=str(row["poll_id"]),
+        title=row["title"],
+        description=row["description"],
+        options=[PollOption(option_id=option_id, label=label) for option_id, label in options],
+        method=VotingMethod.Value(f"VOTING_METHOD_{row['method']}"),
+        state=_state(row),
+        version=row["version"],
+        created_at=row["created_at"],
+        opened_at=row["opened_at"],
+        closed_at=row["closed_at"],
+    )
+
+
+def _results(row: Any) -> GetResultsResponse:
+    counts = zip(row["option_ids"], row["option_labels"], row["counts"], strict=True)
+    return GetResultsResponse(
+        results=Results(
+            poll_id=str(row["poll_id"]),
+            state=_state(row),
+            version=row["version"],
+            counts=[OptionCount(option_id=option_id, label=label, count=count) for option_id, label, count in counts],
+            total_votes=row["total_votes"],
+            as_of=row["as_of"],
+            source=ResultsSource.RESULTS_SOURCE_READ_DATABASE,
+        )
+    )
+
+
+def _state(row: Any) -> PollState.ValueType:
+    return PollState.Value(f"POLL_STATE_{row['state']}")

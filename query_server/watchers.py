@@ -1,0 +1,331 @@
+"""Watchers of results: one subscription to Redis for each watched poll, however many watch it, and the newest wins.
+
+Each watched poll is a `Topic` that holds its newest results, as bytes that every watcher is sent. A watcher holds no
+results, only which of its topics have news for it; so a slow reader costs nothing and gets the newest state, and
+versions only grow, because a topic takes nothing over that is not newer than what it has.
+
+Nothing is missed: a topic is read from Redis after Redis has confirmed its subscription. Until then, and while Redis
+is away or has nothing, it is read again every second, from the read database where Redis does not help.
+"""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from uuid import UUID
+
+import structlog
+from google.protobuf.message import DecodeError
+from prometheus_client import Counter, Gauge
+from redis.asyncio import Redis
+from tally.poll.v1.error_reason_pb2 import ErrorReason
+
+from contracts.live import live_key
+from contracts.refusals import STORE_FAILURES, Refusal
+from query_server.freshness import behind
+from query_server.live import FAILURES, LiveResults, version_of
+from query_server.subscriptions import Subscriptions
+from query_server.views import Views, poll_not_found
+
+log = structlog.get_logger()
+
+MAX_WATCHERS = 50_000
+MAX_TOPICS = 50_000
+
+# How often the read database is asked for a version that somebody waits for, in case Redis does not bring it; seconds.
+_TICK = 0.05
+# How often topics are read that Redis tells nothing about: once a second.
+_TICKS_PER_SWEEP = 20
+# Topics in one round trip.
+_BATCH = 500
+
+_watchers = Gauge("tally_query_watchers", "Streams, and calls that wait for a version.")
+_topics = Gauge("tally_query_topics", "Polls that are watched.")
+_updates = Counter("tally_query_updates", "Changes that arrived from Redis.")
+_broken = Counter("tally_query_broken_results", "Values in Redis that are not results.")
+
+
+class Topic:
+    """A watched poll: its newest results, and who wants to hear of newer ones."""
+
+    __slots__ = ("absence", "channel", "live", "poll_id", "results", "version", "watchers")
+
+    def __init__(self, poll_id: UUID, channel: bytes) -> None:
+        self.poll_id = poll_id
+        self.channel = channel
+        self.version = 0
+        # A serialized GetResultsResponse.
+        self.results = b""
+        # Why there are no results: POLL_NOT_FOUND, STORE_UNAVAILABLE, or None for not yet known.
+        self.absence: ErrorReason.ValueType | None = None
+        self.watchers: set[Watcher] = set()
+        # Redis had results after it had confirmed the subscription, and so tells of every change to them.
+        self.live = False
+
+    def offer(self, version: int, results: bytes) -> None:
+        """Takes results over if they are newer: what arrives late or twice is dropped."""
+        if version > self.version:
+            self.version, self.results, self.absence = version, results, None
+            for watcher in self.watchers:
+                watcher.notice(self)
+
+    def lack(self, absence: ErrorReason.ValueType) -> None:
+        """There are no results to be had now."""
+        if not self.version:
+            self.absence = absence
+            for watcher in self.watchers:
+                watcher.wake()
+
+
+class Watcher:
+    """Reads the results of some polls as they change; made by `Watchers.watch`."""
+
+    __slots__ = ("_awake", "_hub", "_min_interval", "_news", "_not_before", "topics", "wanted")
+
+    def __init__(
+        self, hub: "Watchers", topics: Sequence[Topic], wanted: Mapping[UUID, int], min_interval: float
+    ) -> None:
+        self.topics = topics
+        self.wanted = wanted
+        self._hub = hub
+        self._min_interval = min_interval
+        # Topics that this watcher was not sent the newest results of, the one that has waited longest first.
+        self._news: dict[Topic, None] = {}
+        self._not_before: dict[Topic, float] = {}
+        self._awake = asyncio.Event()
+
+    def notice(self, topic: Topic) -> None:
+        """A topic has newer results."""
+        # Where the watcher knows already that there are some, it is on its way or lets min_interval pass.
+        if topic not in self._news:
+            self._news[topic] = None
+            self._awake.set()
+
+    def wake(self) -> None:
+        """Something has happened to a topic or to the server."""
+        self._awake.set()
+
+    def behind(self) -> list[Topic]:
+        """The topics that have been read, but are not at the wanted version yet."""
+        return [topic for topic in self.topics if self._lacks(topic) and (topic.version or topic.absence)]
+
+    async def start(self, patience: float) -> None:
+        """Waits until every topic has results, those in `wanted` at least of that version; see `Watchers.watch`."""
+        try:
+            async with asyncio.timeout(patience):
+                for topic in self.topics:
+                    while self._lacks(topic):
+                        if topic.absence and topic.poll_id not in self.wanted:
+                            raise _absence(topic)
+                        self._news.clear()
+                        await self._something()
+        except TimeoutError:
+            if topic.version or topic.absence == ErrorReason.ERROR_REASON_POLL_NOT_FOUND:
+                raise behind(topic.version, self.wanted[topic.poll_id]) from None
+            raise _absence(topic) from None
+        self._news = dict.fromkeys(self.topics)
+
+    async def next(self) -> bytes:
+        """The newest results of the topic with the oldest news, as a serialized WatchResultsResponse."""
+        loop = asyncio.get_running_loop()
+        while True:
+            now = loop.time()
+            for topic in self._news:
+                if self._not_before.get(topic, now) <= now:
+                    del self._news[topic]
+                    if self._min_interval:
+                        self._not_before[topic] = now + self._min_interval
+                    return topic.results
+            await self._something(min((self._not_before[topic] - now for topic in self._news), default=None))
+
+    def _lacks(self, topic: Topic) -> bool:
+        return topic.version < self.wanted.get(topic.poll_id, 1)
+
+    async def _something(self, seconds: float | None = None) -> None:
+        """Returns when something has happened since the last time, or after `seconds`."""
+        if self._hub.stopping:
+            raise Refusal(ErrorReason.ERROR_REASON_STORE_UNAVAILABLE, "this server is stopping; ask again")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._awake.wait()
+        self._awake.clear()
+
+
+class Watchers:
+    """All watchers of this process, and what they watch. `run` keeps the topics up to date."""
+
+    def __init__(self, redis: Redis, live: LiveResults, views: Views) -> None:
+        self.stopping = False
+        self._live = live
+        self._views = views
+        self._topics: dict[bytes, Topic] = {}
+        self._watchers: set[Watcher] = set()
+        # Those that wait for a version.
+        self._waiting: set[Watcher] = set()
+        self._subscriptions = Subscriptions(redis, self._joined, self._heard, self._lost)
+        self._unread_in_redis = _Pile()
+        self._unread_in_views = _Pile()
+
+    @asynccontextmanager
+    async def watch(
+        self, poll_ids: Iterable[UUID], wanted: Mapping[UUID, int], patience: float, min_interval: float = 0.0
+    ) -> AsyncIterator[Watcher]:
+        """A watcher of these polls, once each has results, and those in `wanted` at least of that version.
+
+        Waits for that up to `patience` seconds. Raises POLL_NOT_FOUND for a poll that is not in `wanted`,
+        READ_MODEL_BEHIND for one that is, STORE_UNAVAILABLE, and OVERLOADED where there are too many watchers.
+        """
+        if len(self._watchers) >= MAX_WATCHERS or len(self._topics) >= MAX_TOPICS:
+            raise Refusal(ErrorReason.ERROR_REASON_OVERLOADED, "this server has as many watchers as it can serve")
+        watcher = Watcher(self, [self._topic(poll_id) for poll_id in dict.fromkeys(poll_ids)], wanted, min_interval)
+        self._enter(watcher)
+        try:
+            await watcher.start(patience)
+            self._waiting.discard(watcher)
+            yield watcher
+        finally:
+            self._leave(watcher)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Keeps the topics up to date until `stop`, then sends every watcher away."""
+        async with asyncio.TaskGroup() as tasks:
+            loops = (self._subscriptions.run(), self._read_redis(), self._read_views(), self._sweep())
+            running = [tasks.create_task(loop) for loop in loops]
+            await stop.wait()
+            self.stopping = True
+            for watcher in self._watchers:
+                watcher.wake()
+            for task in running:
+                task.cancel()
+
+    def _topic(self, poll_id: UUID) -> Topic:
+        channel = live_key(poll_id).encode()
+        topic = self._topics.get(channel)
+        if topic is None:
+            topic = self._topics[channel] = Topic(poll_id, channel)
+            _topics.set(len(self._topics))
+            self._subscriptions.want(channel)
+            # Otherwise it is read once the subscription is confirmed: a millisecond later, and then nothing is missed.
+            if channel in self._subscriptions or not self._subscriptions.connected:
+                self._unread_in_redis.add([topic])
+        return topic
+
+    def _enter(self, watcher: "Watcher") -> None:
+        self._watchers.add(watcher)
+        _watchers.set(len(self._watchers))
+        if watcher.wanted:
+            self._waiting.add(watcher)
+        for topic in watcher.topics:
+            topic.watchers.add(watcher)
+
+    def _leave(self, watcher: "Watcher") -> None:
+        self._waiting.discard(watcher)
+        self._watchers.discard(watcher)
+        _watchers.set(len(self._watchers))
+        for topic in watcher.topics:
+            topic.watchers.discard(watcher)
+            if not topic.watchers:
+                del self._topics[topic.channel]
+                self._subscriptions.leave(topic.channel)
+        _topics.set(len(self._topics))
+
+    def _joined(self, channel: bytes) -> None:
+        self._live.redis_is_back()
+        if topic := self._topics.get(channel):
+            self._unread_in_redis.add([topic])
+
+    def _heard(self, channel: bytes, results: bytes) -> None:
+        _updates.inc()
+        if topic := self._topics.get(channel):
+            self._offer(topic, results)
+
+    def _lost(self) -> None:
+        for topic in self._topics.values():
+            topic.live = False
+
+    def _offer(self, topic: Topic, results: bytes) -> bool:
+        try:
+            topic.offer(version_of(results), results)
+        except DecodeError:
+            _broken.inc()
+            log.error("redis has something else than results", poll_id=str(topic.poll_id))
+            return False
+        return True
+
+    async def _read_redis(self) -> None:
+        """Reads topics that are new, were joined anew, or that Redis does not tell about; else the views are asked."""
+        while True:
+            topics = await self._unread_in_redis.take()
+            joined = [topic.channel in self._subscriptions for topic in topics]
+            try:
+                found = await self._live.counters([topic.poll_id for topic in topics])
+            except FAILURES:
+                found = {}
+            for topic, was_joined in zip(topics, joined, strict=True):
+                results = found.get(topic.poll_id)
+                known = results is not None and self._offer(topic, results)
+                topic.live = known and was_joined and topic.channel in self._subscriptions
+                if not known:
+                    self._unread_in_views.add([topic])
+
+    async def _read_views(self) -> None:
+        failing = False
+        while True:
+            topics = await self._unread_in_views.take()
+            try:
+                newer = await self._views.newer_results({topic.poll_id: topic.version for topic in topics})
+            except Exception as error:
+                # Whatever is wrong with some polls or with the database, the others go on.
+                if not isinstance(error, STORE_FAILURES):
+                    log.exception("defect")
+                elif not failing:
+                    log.warning("the read database does not answer", error=f"{type(error).__name__}: {error}")
+                failing = True
+                for topic in topics:
+                    topic.lack(ErrorReason.ERROR_REASON_STORE_UNAVAILABLE)
+                continue
+            failing = False
+            for topic in topics:
+                if topic.poll_id in newer:
+                    topic.offer(*newer[topic.poll_id])
+                else:
+                    topic.lack(ErrorReason.ERROR_REASON_POLL_NOT_FOUND)
+
+    async def _sweep(self) -> None:
+        for tick in itertools.count():
+            await asyncio.sleep(_TICK)
+            self._unread_in_views.add(topic for watcher in self._waiting for topic in watcher.behind())
+            if tick % _TICKS_PER_SWEEP == 0:
+                self._unread_in_redis.add(topic for topic in self._topics.values() if not topic.live)
+
+
+class _Pile:
+    """Topics that are to be read, each once."""
+
+    def __init__(self) -> None:
+        self._topics: dict[Topic, None] = {}
+        self._filled = asyncio.Event()
+
+    def add(self, topics: Iterable[Topic]) -> None:
+        self._topics.update(dict.fromkeys(topics))
+        if self._topics:
+            self._filled.set()
+
+    async def take(self) -> list[Topic]:
+        """The next batch of them; waits until there is one."""
+        while True:
+            await self._filled.wait()
+            batch = list(itertools.islice(self._topics, _BATCH))
+            for topic in batch:
+                del self._topics[topic]
+            if not self._topics:
+                self._filled.clear()
+            # Those that nobody watches any more are no work.
+            if watched := [topic for topic in batch if topic.watchers]:
+                return watched
+
+
+def _absence(topic: Topic) -> Refusal:
+    if topic.absence == ErrorReason.ERROR_REASON_POLL_NOT_FOUND:
+        return poll_not_found(topic.poll_id)
+    return Refusal(ErrorReason.ERROR_REASON_STORE_UNAVAILABLE, "no store answered in time; ask again")

@@ -1,0 +1,85 @@
+"""The outbox of one shard: the events that the stream has not acknowledged yet."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+from uuid import UUID
+
+import asyncpg
+from tally.event.v1.event_pb2 import Event
+
+from runtime.postgres import queries
+
+sql = queries(__package__)
+
+# The most events that are read and published at once, and about how many bytes of them.
+CHUNK_EVENTS = 1000
+CHUNK_BYTES = 4 << 20
+
+_LOCKS = 0x74_61_6C_6C
+_SECONDS = 10.0
+
+_SESSION = {
+    "application_name": "relay",
+    # A deletion that a crash undoes means an event published twice, which readers skip. So none waits for the disk.
+    "synchronous_commit": "off",
+    # The outbox is empty at one moment and long at the next: no statistics of it hold, only its index does.
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    # A relay that was cut off from the network loses its lock within seconds.
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "1",
+    "tcp_keepalives_count": "5",
+}
+
+
+class OutboxEvent(NamedTuple):
+    """A row of the outbox, and its event as it goes on the stream."""
+
+    outbox_id: int
+    poll_id: UUID
+    version: int
+    data: bytes
+
+
+class Outbox:
+    """Reads and empties the outbox of one shard, over the connection that holds the shard's lock.
+
+    So whoever lost the lock cannot read another event; made by `connect`.
+    """
+
+    def __init__(self, connection: asyncpg.Connection, shard: int, shards: int) -> None:
+        self._connection = connection
+        self._shard = shard
+        self._shards = shards
+
+    async def lead(self) -> bool:
+        """Whether this process relays the shard from now on, until the connection is closed."""
+        leads: bool = await self._connection.fetchval(sql.lead, _LOCKS, self._shard)
+        return leads
+
+    async def next(self, acknowledged: Sequence[int]) -> list[OutboxEvent]:
+        """Deletes the rows that the stream acknowledged, then returns the first of the others, in order."""
+        rows = await self._connection.fetch(
+            sql.next_events, acknowledged, self._shards, self._shard, CHUNK_EVENTS, CHUNK_BYTES
+        )
+        return [OutboxEvent(row["outbox_id"], row["poll_id"], row["version"], _serialized(row)) for row in rows]
+
+
+@asynccontextmanager
+async def connect(dsn: str, shard: int, shards: int) -> AsyncIterator[Outbox]:
+    """The outbox of one of `shards`. Its lock is free again when the context ends or the process does."""
+    connection = await asyncpg.connect(dsn, timeout=5, command_timeout=_SECONDS, server_settings=_SESSION)
+    try:
+        yield Outbox(connection, shard, shards)
+    finally:
+        connection.terminate()
+
+
+def _serialized(row: asyncpg.Record) -> bytes:
+    """The whole event: serialized messages one after the other are read as one, merged."""
+    head = Event(poll_id=str(row["poll_id"]), version=row["version"], recorded_at=row["recorded_at"])
+    payload: bytes = row["payload"]
+    return head.SerializeToString() + payload

@@ -1,0 +1,141 @@
+"""One shard's relay: publishes while it holds the shard's lock, stands by while another does, and never gives up.
+
+A failure of any kind ends the session: both connections are closed, which frees the lock, and after a pause everything
+begins anew from what the outbox holds. So there is one way to recover, whatever broke.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import asyncpg
+import structlog
+from prometheus_client import Counter, Gauge
+
+from relay import outbox
+from relay.outbox import Outbox
+from relay.repair import Repair
+from relay.stream import Stream
+from runtime import nats, postgres
+from runtime.failpoints import failpoint
+from runtime.lifecycle import Backoff
+
+log = structlog.get_logger()
+sql = postgres.queries(__package__)
+
+_STANDBY_SECONDS = 0.5
+# Between two looks into an empty outbox: short after an event, longer while nothing happens.
+_SHORTEST_PAUSE_SECONDS = 0.002
+_LONGEST_PAUSE_SECONDS = 0.020
+_WATCH_SECONDS = 5.0
+# A session that lasted this long was a good one: the next pause is a short one.
+_GOOD_SESSION_SECONDS = 10.0
+
+_FAILURES = (*postgres.UNAVAILABLE, asyncpg.PostgresError, *nats.UNAVAILABLE)
+
+_leads = Gauge("tally_relay_leads", "1 where this process relays the shard, 0 where it stands by.", ["shard"])
+_published = Counter("tally_relay_published_events", "Events that the stream has acknowledged.", ["shard"])
+_published_bytes = Counter("tally_relay_published_bytes", "Their size.", ["shard"])
+_publish_seconds = Counter("tally_relay_publish_seconds", "Time spent waiting for the stream.", ["shard"])
+_failures = Counter("tally_relay_failures", "Sessions that ended by a failure.", ["shard"])
+_depth = Gauge("tally_outbox_events", "Events that wait in the outbox; counted while leading.", ["shard"])
+_age = Gauge("tally_outbox_oldest_seconds", "Age of the first waiting event; measured while leading.", ["shard"])
+
+
+class Shard:
+    """The relay of one of `shards`; `ready` is called each time that it publishes or stands by."""
+
+    def __init__(
+        self, write_dsn: str, nats_url: str, pool: asyncpg.Pool, shard: int, shards: int, ready: Callable[[], None]
+    ) -> None:
+        self._write_dsn = write_dsn
+        self._nats_url = nats_url
+        self._pool = pool
+        self._shard = shard
+        self._shards = shards
+        self._ready = ready
+        self._leads = _leads.labels(shard)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Relays until `stop` is set; then what is under way is finished and nothing acknowledged is left behind."""
+        backoff = Backoff(longest=1.0)
+        while not stop.is_set():
+            started = time.monotonic()
+            try:
+                await self._session(stop)
+            except* _FAILURES as failures:
+                if time.monotonic() - started > _GOOD_SESSION_SECONDS:
+                    backoff.reset()
+                _failures.labels(self._shard).inc()
+                log.warning(
+                    "relaying failed", shard=self._shard, errors=_reasons(failures), failures=backoff.failures + 1
+                )
+                await backoff.wait()
+
+    async def _session(self, stop: asyncio.Event) -> None:
+        async with (
+            nats.connect(self._nats_url, application=f"relay {self._shard}") as connection,
+            outbox.connect(self._write_dsn, self._shard, self._shards) as events,
+        ):
+            while not await events.lead():
+                self._ready()
+                await asyncio.sleep(_STANDBY_SECONDS)
+                if stop.is_set():
+                    return
+            stream = Stream(connection, self._shard)
+            await stream.ensure()
+            repair = Repair(self._pool, connection, stream, self._shard, self._shards)
+            log.info("leading", shard=self._shard)
+            self._leads.set(1)
+            self._ready()
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    beside = [
+                        tasks.create_task(repair.answer_requests()),
+                        tasks.create_task(repair.check_tails()),
+                        tasks.create_task(self._watch()),
+                    ]
+                    await self._publish(events, stream, stop)
+                    for task in beside:
+                        task.cancel()
+            finally:
+                self._leads.set(0)
+
+    async def _publish(self, events: Outbox, stream: Stream, stop: asyncio.Event) -> None:
+        acknowledged: list[int] = []
+        pause = _SHORTEST_PAUSE_SECONDS
+        while True:
+            # Killed before the deletion: the rows are read again, and published under the same message ids.
+            chunk = await events.next(acknowledged)
+            if stop.is_set():
+                return
+            acknowledged = []
+            if not chunk:
+                await asyncio.sleep(pause)
+                pause = min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
+                continue
+            started = time.monotonic()
+            await stream.publish(chunk)
+            failpoint("relay.after_publish")
+            acknowledged = [event.outbox_id for event in chunk]
+            pause = _SHORTEST_PAUSE_SECONDS
+            _publish_seconds.labels(self._shard).inc(time.monotonic() - started)
+            _published.labels(self._shard).inc(len(chunk))
+            _published_bytes.labels(self._shard).inc(sum(len(event.data) for event in chunk))
+
+    async def _watch(self) -> None:
+        while True:
+            async with self._pool.acquire() as connection:
+                state = await connection.fetchrow(sql.outbox_state, self._shards, self._shard)
+            _depth.labels(self._shard).set(state["depth"])
+            age = (datetime.now(UTC) - state["oldest"]).total_seconds() if state["oldest"] else 0.0
+            _age.labels(self._shard).set(age)
+            await asyncio.sleep(_WATCH_SECONDS)
+
+
+def _reasons(failures: BaseExceptionGroup[BaseException]) -> list[str]:
+    reasons: list[str] = []
+    for failure in failures.exceptions:
+        reasons += _reasons(failure) if isinstance(failure, BaseExceptionGroup) else [repr(failure)]
+    return reasons

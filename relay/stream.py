@@ -1,0 +1,118 @@
+"""The stream of events in JetStream, as the relay writes it."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID, uuid4
+
+import structlog
+from nats.aio.client import Client
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, RetentionPolicy, StorageType, StreamConfig
+from nats.js.errors import APIError, NotFoundError
+
+from contracts.bus import ALL_EVENTS, MESSAGE_ID_HEADER, STREAM, VERSION_HEADER, event_subject
+from relay.outbox import OutboxEvent
+
+log = structlog.get_logger()
+
+_SECONDS = 5.0
+# How long JetStream remembers message ids: a relay that takes over publishes the last events of the other once more.
+_DUPLICATE_WINDOW_SECONDS = 120.0
+
+
+class Stream:
+    """Publishes the events of one shard, and knows what the stream has of each poll."""
+
+    def __init__(self, connection: Client, shard: int) -> None:
+        self._connection = connection
+        self._jetstream = connection.jetstream(timeout=_SECONDS)
+        self._shard = shard
+        # Whether the stream drops old messages by itself.
+        self.discards = False
+
+    async def ensure(self) -> None:
+        """Creates the stream, or adds to an existing one what is needed; its limits stay as the operator set them."""
+        try:
+            config = (await self._jetstream.stream_info(STREAM)).config
+        except NotFoundError:
+            config = StreamConfig(name=STREAM, storage=StorageType.FILE, retention=RetentionPolicy.LIMITS)
+            info = await self._jetstream.add_stream(_required(config))
+            log.info("stream created", stream=STREAM, created=str(info.created))
+            return
+        self.discards = any(limit and limit > 0 for limit in (config.max_age, config.max_bytes, config.max_msgs))
+        if config != _required(config):
+            await self._jetstream.update_stream(_required(config))
+            log.info("stream updated", stream=STREAM)
+
+    async def publish(self, events: Sequence[OutboxEvent]) -> None:
+        """Returns once all events are stored, in this order. Raises if that is unknown; then a later event of the list
+        is stored only if all before it are."""
+        if len(events) > 1:
+            try:
+                await self._publish_together(events)
+                return
+            except APIError as error:
+                # Some of them are in the stream already: they were published before, and no one learned of the ack.
+                log.info("publishing one by one", events=len(events), reason=error.description)
+        for event in events:
+            await self._acknowledged(event, {})
+
+    async def _publish_together(self, events: Sequence[OutboxEvent]) -> None:
+        """One atomic batch: all are stored or none, with one write to the disk and one ack."""
+        batch = uuid4().hex
+        for place, event in enumerate(events[:-1], 1):
+            headers = {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(place)}
+            await self._connection.publish(self._subject(event), event.data, headers=_headers(event) | headers)
+        headers = {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(len(events)), "Nats-Batch-Commit": "1"}
+        ack = await self._acknowledged(events[-1], headers)
+        if ack.get("count") != len(events):
+            raise APIError(description="NATS does not support atomic batches: version 2.12 or later is needed")
+
+    async def _acknowledged(self, event: OutboxEvent, headers: dict[str, str]) -> dict[str, Any]:
+        message = await self._connection.request(
+            self._subject(event), event.data, timeout=_SECONDS, headers=_headers(event) | headers
+        )
+        ack: dict[str, Any] = json.loads(message.data)
+        if "error" in ack:
+            raise APIError.from_error(ack["error"])
+        return ack
+
+    async def versions(self, polls: Sequence[UUID]) -> dict[UUID, int]:
+        """The version of the last message of each poll; a poll without messages is left out. At most 500 polls."""
+        subjects = {event_subject(self._shard, poll_id): poll_id for poll_id in polls}
+        consumer = await self._jetstream.add_consumer(
+            STREAM,
+            ConsumerConfig(
+                deliver_policy=DeliverPolicy.LAST_PER_SUBJECT,
+                filter_subjects=list(subjects),
+                headers_only=True,
+                ack_policy=AckPolicy.NONE,
+                mem_storage=True,
+                num_replicas=1,
+                inactive_threshold=_SECONDS,
+            ),
+        )
+        found: dict[UUID, int] = {}
+        if consumer.num_pending:
+            subscription = await self._jetstream.pull_subscribe_bind(consumer.name, STREAM)
+            for message in await subscription.fetch(consumer.num_pending, timeout=_SECONDS):
+                found[subjects[message.subject]] = int((message.headers or {})[VERSION_HEADER])
+            await subscription.unsubscribe()
+        await self._jetstream.delete_consumer(STREAM, consumer.name)
+        return found
+
+    def _subject(self, event: OutboxEvent) -> str:
+        return event_subject(self._shard, event.poll_id)
+
+
+def _required(config: StreamConfig) -> StreamConfig:
+    return config.evolve(
+        subjects=[ALL_EVENTS],
+        duplicate_window=_DUPLICATE_WINDOW_SECONDS,
+        allow_atomic=True,
+        allow_direct=True,
+    )
+
+
+def _headers(event: OutboxEvent) -> dict[str, str]:
+    return {MESSAGE_ID_HEADER: f"outbox-{event.outbox_id}", VERSION_HEADER: str(event.version)}

@@ -1,0 +1,68 @@
+"""A connection to NATS that is either whole or over: no reconnecting behind the back of whoever uses it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import nats.errors
+import structlog
+from nats.aio.client import Client
+
+log = structlog.get_logger()
+
+_CONNECT_SECONDS = 3.0
+_CLOSE_SECONDS = 2.0
+# A server that is silent for three of them is taken for gone.
+_PING_SECONDS = 5
+# Nothing waits in here for long: callers bound what they send before they wait for an answer.
+_BUFFER_BYTES = 32 << 20
+
+# What a caller sees as "NATS does not answer, or not as it should".
+UNAVAILABLE = (OSError, TimeoutError, nats.errors.Error)
+
+
+@asynccontextmanager
+async def connect(url: str, *, application: str) -> AsyncIterator[Client]:
+    """A connection to one of the servers of `url` (several are separated by commas).
+
+    When it is lost, the body of the `async with` is cancelled and ConnectionClosedError is raised, within an
+    ExceptionGroup. Raises what UNAVAILABLE lists if no server can be reached.
+    """
+    client = Client()
+    closed = asyncio.Event()
+
+    async def on_closed() -> None:
+        closed.set()
+
+    try:
+        async with asyncio.timeout(_CONNECT_SECONDS):
+            await client.connect(
+                url.split(","),
+                name=application,
+                # The library's reconnecting would send what it buffered for the old connection into the new one.
+                allow_reconnect=False,
+                max_reconnect_attempts=-1,
+                reconnect_time_wait=1,
+                connect_timeout=2,
+                ping_interval=_PING_SECONDS,
+                pending_size=_BUFFER_BYTES,
+                error_cb=_on_error,
+                closed_cb=on_closed,
+            )
+        async with asyncio.TaskGroup() as tasks:
+            watch = tasks.create_task(_fail_when(closed))
+            yield client
+            watch.cancel()
+    finally:
+        with suppress(*UNAVAILABLE):
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await client.close()
+
+
+async def _fail_when(closed: asyncio.Event) -> None:
+    await closed.wait()
+    raise nats.errors.ConnectionClosedError
+
+
+async def _on_error(error: Exception) -> None:
+    log.debug("nats", error=repr(error))

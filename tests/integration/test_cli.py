@@ -1,0 +1,591 @@
+"""The command line, run as people run it, against everything that `tally up` starts."""
+
+import asyncio
+import csv
+import gzip
+import json
+import os
+import pty
+import re
+import shlex
+import signal
+import sysconfig
+from asyncio.subprocess import PIPE, Process
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import pytest
+
+TALLY = str(Path(sysconfig.get_path("scripts")) / "tally")
+ELECTION = Path(__file__).parents[2] / "examples" / "minneapolis-2013-mayor.csv.gz"
+FIRST_CHOICES = ("--choice-column", "choice_1", "--ignore-choice", "overvote")
+NOBODY = "127.0.0.1:9"
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("TALLY_")}
+
+
+class Ended(NamedTuple):
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def data(self) -> Any:
+        return json.loads(self.out)
+
+
+class Cli:
+    """Runs `tally` commands against one stack."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.run_record = json.loads((directory / ".tally" / "run.json").read_text())
+
+    async def start(self, *arguments: str, stderr: int = PIPE, variables: Mapping[str, str] = ENVIRONMENT) -> Process:
+        return await asyncio.create_subprocess_exec(
+            TALLY, *arguments, cwd=self.directory, env=variables, stdout=PIPE, stderr=stderr
+        )
+
+    async def run(self, *arguments: str, **variables: str) -> Ended:
+        """The outcome, whatever it is; a traceback is never one."""
+        async with asyncio.timeout(60):
+            return await ended(await self.start(*arguments, variables=ENVIRONMENT | variables))
+
+    async def data(self, *arguments: str) -> Any:
+        """What the command prints as JSON; it must succeed."""
+        outcome = await self.run(*arguments, "--output", "json")
+        assert outcome.code == 0, outcome
+        return outcome.data
+
+    async def refused(self, *arguments: str, **variables: str) -> str:
+        """The one line with which the command must fail."""
+        outcome = await self.run(*arguments, **variables)
+        assert outcome.code == 1, outcome
+        assert outcome.out == ""
+        assert outcome.err.endswith("\n")
+        assert outcome.err.count("\n") == 1, outcome.err
+        return outcome.err.strip()
+
+    async def open_poll(self, *options: str) -> str:
+        words = [word for option in options for word in ("--option", option)]
+        poll = await self.data("poll", "create", "--title", f"Which? {uuid4()}", *words, "--open")
+        await self.data("poll", "show", poll["poll_id"], "--at-least-as-fresh", poll["consistency_token"])
+        return str(poll["poll_id"])
+
+    async def polls(self) -> list[str]:
+        listed = await self.data("poll", "list", "--limit", "1000")
+        return [poll["poll_id"] for poll in listed["polls"]]
+
+
+async def ended(process: Process) -> Ended:
+    out, err = await process.communicate()
+    assert process.returncode is not None
+    outcome = Ended(process.returncode, out.decode(), (err or b"").decode())
+    assert "Traceback" not in outcome.err, outcome.err
+    return outcome
+
+
+@pytest.fixture(scope="module")
+async def cli(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cli]:
+    directory = tmp_path_factory.mktemp("cli")
+    log = directory / "up.log"
+    with log.open("wb") as output:
+        up = await asyncio.create_subprocess_exec(
+            *(TALLY, "up", "--command-port", "0", "--query-port", "0"),
+            cwd=directory,
+            env=ENVIRONMENT,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        async with asyncio.timeout(60):
+            while not (directory / ".tally" / "run.json").exists():
+                assert up.returncode is None, log.read_text()
+                await asyncio.sleep(0.05)
+        yield Cli(directory)
+    finally:
+        if up.returncode is None:
+            up.terminate()
+        async with asyncio.timeout(20):
+            await up.wait()
+
+
+def election() -> Counter[str]:
+    """The first choices of the shipped election, counted without Tally."""
+    with gzip.open(ELECTION, "rt", newline="") as file:
+        counted = Counter(row["choice_1"] for row in csv.DictReader(file))
+    return Counter({choice: count for choice, count in counted.items() if choice not in ("", "overvote")})
+
+
+def counts(results: Any) -> Counter[str]:
+    return Counter({option["option_id"]: option["count"] for option in results["counts"]})
+
+
+def continuation(outcome: Ended) -> list[str]:
+    """The arguments of the command with which an import says it can go on."""
+    found = re.search(r"^to go on: tally (.+)$", outcome.err, re.MULTILINE)
+    assert found, outcome.err
+    return shlex.split(found[1])
+
+
+async def test_a_poll_lives_from_draft_to_closed(cli: Cli) -> None:
+    title = f"Tea or coffee? {uuid4()}"
+    created = await cli.data("poll", "create", "--title", title, "--option", "Tea", "--option", "c=Coffee = black")
+    poll_id = created["poll_id"]
+
+    shown = await cli.data("poll", "show", poll_id, "--at-least-as-fresh", created["consistency_token"])
+    assert (shown["poll"]["title"], shown["poll"]["state"], shown["poll"]["version"]) == (title, "POLL_STATE_DRAFT", 1)
+    assert shown["poll"]["options"] == [
+        {"option_id": "Tea", "label": "Tea"},
+        {"option_id": "c", "label": "Coffee = black"},
+    ]
+    assert poll_id in [poll["poll_id"] for poll in (await cli.data("poll", "list", "--state", "draft"))["polls"]]
+
+    assert (await cli.refused("vote", poll_id, "anna", "c")).startswith("POLL_NOT_OPEN: ")
+    await cli.data("poll", "open", poll_id)
+    assert (await cli.refused("poll", "open", poll_id)).startswith("POLL_NOT_DRAFT: ")
+
+    vote = await cli.data("vote", poll_id, "anna", "c")
+    results = (await cli.data("results", poll_id, "--at-least-as-fresh", vote["consistency_token"]))["results"]
+    assert (results["version"], results["total_votes"], counts(results)) == (3, 1, {"Tea": 0, "c": 1})
+
+    closed = await cli.data("poll", "close", poll_id)
+    results = (await cli.data("results", poll_id, "--at-least-as-fresh", closed["consistency_token"]))["results"]
+    assert results["state"] == "POLL_STATE_CLOSED"
+    assert (await cli.refused("vote", poll_id, "bert", "Tea")).startswith("POLL_NOT_OPEN: ")
+
+
+async def test_a_vote_counts_once_and_a_refused_one_changes_nothing(cli: Cli) -> None:
+    poll_id = await cli.open_poll("yes", "no")
+    first = await cli.data("vote", poll_id, "anna", "yes")
+    again = await cli.data("vote", poll_id, "anna", "yes")
+    assert again["receipt"] == first["receipt"]
+    assert (first["already_recorded"], again["already_recorded"]) == (False, True)
+    assert isinstance(first["receipt"]["version"], int)
+
+    refused = {
+        ("vote", poll_id, "anna", "no"): "ALREADY_VOTED: ",
+        ("vote", poll_id, "bert", "maybe"): "UNKNOWN_OPTION: ",
+        ("vote", poll_id, "", "yes"): "INVALID_REQUEST: voter_id: ",
+        ("vote", str(uuid4()), "anna", "yes"): "POLL_NOT_FOUND: ",
+        ("vote", "no-poll", "anna", "yes"): "INVALID_REQUEST: poll_id: ",
+        ("results", str(uuid4())): "POLL_NOT_FOUND: ",
+    }
+    complaints = await asyncio.gather(*(cli.refused(*arguments) for arguments in refused))
+    for complaint, beginning in zip(complaints, refused.values(), strict=True):
+        assert complaint.startswith(beginning)
+    results = (await cli.data("results", poll_id, "--at-least-as-fresh", first["consistency_token"]))["results"]
+    assert counts(results) == {"yes": 1, "no": 0}
+
+
+async def test_text_for_people_names_what_was_asked_for(cli: Cli) -> None:
+    created = await cli.run("poll", "create", "--title", "Colour?", "--option", "r=Red", "--option", "b=Blue", "--open")
+    poll_id = re.search(r"[0-9a-f-]{36}", created.out)
+    assert poll_id
+    voted = await cli.run("vote", poll_id[0], "anna", "r")
+    assert "receipt_id" in voted.out
+    token = (await cli.data("vote", poll_id[0], "anna", "r"))["consistency_token"]
+    printed = await cli.run("results", poll_id[0], "--at-least-as-fresh", token)
+    assert re.search(r"Red\W+1\W+100\.0%", printed.out)
+    assert "OPEN, version 3" in printed.out
+    assert "Colour?" in (await cli.run("poll", "show", poll_id[0])).out
+    assert poll_id[0] in (await cli.run("poll", "list", "--limit", "1000")).out
+
+
+async def test_an_import_reports_every_row_and_counts_none_twice(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "votes.csv"
+    path.write_text('id,note,vote\na,"two\nlines",red\nb,,blue\na,,blue\n,,red\nc,,\nd,,overvote\nb,,blue\ne,red\n')
+    arguments = (
+        *("import", str(path), "--title", f"Colours {uuid4()}", "--choice-column", "vote", "--voter-column", "id"),
+        *("--ignore-choice", "overvote", "--output", "json"),
+    )
+    outcome = await cli.run(*arguments)
+    assert outcome.code == 3
+    first = outcome.data
+    assert {name: first[name] for name in ("rows", "accepted", "already_recorded", "rejected", "blank", "ignored")} == {
+        "rows": 8,
+        "accepted": 2,
+        "already_recorded": 1,
+        "rejected": 3,
+        "blank": 1,
+        "ignored": 1,
+    }
+    reasons = {rejection["line"]: rejection["reason"] for rejection in first["rejections"]}
+    assert reasons == {5: "ALREADY_VOTED", 6: "INVALID_REQUEST", 10: "INVALID_REQUEST"}
+    for line, reason in reasons.items():
+        assert re.search(rf"^line {line}: {reason}: \S", outcome.err, re.MULTILINE)
+    assert first["complete"]
+    assert counts(first["results"]) == {"red": 1, "blue": 1}
+
+    second = (await cli.run(*arguments)).data
+    assert (second["poll_id"], second["accepted"], second["already_recorded"]) == (first["poll_id"], 0, 3)
+    assert second["results"]["total_votes"] == 2
+
+    other = (await cli.run(*arguments, "--new-poll")).data
+    assert other["poll_id"] != first["poll_id"]
+    assert other["accepted"] == 2
+
+
+async def test_the_real_election_is_counted_exactly_also_the_second_time(cli: Cli) -> None:
+    arguments = ("import", str(ELECTION), "--title", f"Mayor {uuid4()}", *FIRST_CHOICES)
+    first = await cli.data(*arguments)
+    assert (first["accepted"], first["blank"], first["ignored"], first["rejected"]) == (79_174, 834, 93, 0)
+    assert counts(first["results"]) == election()
+    second = await cli.data(*arguments, "--close")
+    assert (second["poll_id"], second["accepted"], second["already_recorded"]) == (first["poll_id"], 0, 79_174)
+    assert counts(second["results"]) == election()
+    assert second["results"]["state"] == "POLL_STATE_CLOSED"
+    assert "is CLOSED" in await cli.refused(*arguments)
+
+
+async def test_an_import_goes_on_with_a_poll_that_somebody_made(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "votes.csv"
+    path.write_text("vote\nred\nred\ngreen\n")
+    poll_id = await cli.open_poll("red", "blue")
+    arguments = ("import", str(path), "--poll", poll_id, "--choice-column", "vote", "--output", "json")
+    for accepted, already_recorded in ((2, 0), (0, 2)):
+        outcome = await cli.run(*arguments)
+        assert outcome.code == 3
+        assert (outcome.data["accepted"], outcome.data["already_recorded"]) == (accepted, already_recorded)
+        assert [(r["line"], r["reason"]) for r in outcome.data["rejections"]] == [(4, "UNKNOWN_OPTION")]
+        assert counts(outcome.data["results"]) == {"red": 2, "blue": 0}
+
+
+async def test_an_import_into_a_poll_that_takes_no_votes_says_so(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "votes.csv"
+    path.write_text("vote\nred\nblue\n")
+    draft = (await cli.data("poll", "create", "--title", "Later", "--option", "red", "--option", "blue"))["poll_id"]
+    reasons = {draft: "POLL_NOT_OPEN", str(uuid4()): "POLL_NOT_FOUND", "no-id": "INVALID_REQUEST"}
+    outcomes = await asyncio.gather(
+        *(cli.run("import", str(path), "--poll", poll_id, "--choice-column", "vote") for poll_id in reasons)
+    )
+    for outcome, reason in zip(outcomes, reasons.values(), strict=True):
+        assert outcome.code == 1
+        assert re.search(rf"^{reason}: ", outcome.err, re.MULTILINE)
+        assert "to go on" not in outcome.err
+
+
+async def test_an_unusable_file_is_one_line_and_changes_nothing(cli: Cli, tmp_path: Path) -> None:
+    unusable = {
+        b"": "the file is empty",
+        b"vote\n": "no row below the header",
+        b"vote\nred\nblue\n\xff\n": "line 4: not valid UTF-8",
+        b"choice\nred\nblue\n": "there is no column 'vote'; the columns are 'choice'",
+        b"vote,vote\nred,blue\n": "names 'vote' more than once",
+        b'vote\nred\n"blue\n': "line 3: not valid CSV",
+        b"vote\nred\nred\n": "a poll needs two or more",
+    }
+    before = await cli.polls()
+    for number, content in enumerate(unusable):
+        (tmp_path / f"{number}.csv").write_bytes(content)
+    files = [tmp_path / f"{number}.csv" for number in range(len(unusable) + 1)]
+    complaints = await asyncio.gather(
+        *(cli.refused("import", str(file), "--title", "Bad", "--choice-column", "vote") for file in files)
+    )
+    for complaint, message in zip(complaints, [*unusable.values(), "No such file"], strict=True):
+        assert message in complaint
+    assert await cli.polls() == before
+
+
+async def test_wrong_usage_is_exit_code_2(cli: Cli) -> None:
+    imported = ("import", "votes.csv")
+    wrong = [
+        (*imported, "--choice-column", "vote"),
+        (*imported, "--choice-column", "vote", "--title", "A", "--poll", "B"),
+        (*imported, "--choice-column", "vote", "--poll", "B", "--new-poll"),
+        (*imported, "--title", "A"),
+        (*imported, "--choice-column", "vote", "--title", "A", "--batch-size", "20001"),
+        ("poll", "list", "--state", "ajar"),
+        ("poll", "create", "--title", "A"),
+        ("migrate",),
+    ]
+    outcomes = await asyncio.gather(*(cli.run(*arguments) for arguments in wrong))
+    assert [outcome.code for outcome in outcomes] == [2] * len(wrong)
+
+
+async def test_servers_are_found_in_three_ways(cli: Cli, tmp_path: Path) -> None:
+    elsewhere = Cli(cli.directory)
+    elsewhere.directory = tmp_path
+    complaint = await elsewhere.refused("results", str(uuid4()))
+    assert all(way in complaint for way in ("--query-address", "TALLY_QUERY_ADDRESS", "tally up"))
+
+    listed = await cli.polls()
+    address = cli.run_record["query_address"]
+    command = ("poll", "list", "--limit", "1000", "-o", "json")
+    found = await asyncio.gather(
+        elsewhere.run(*command, "--query-address", address),
+        elsewhere.run(*command, TALLY_QUERY_ADDRESS=address),
+        elsewhere.run(*command, "--data-dir", str(cli.directory / ".tally")),
+    )
+    for outcome in found:
+        assert [poll["poll_id"] for poll in outcome.data["polls"]] == listed
+
+    (tmp_path / ".tally").mkdir()
+    (tmp_path / ".tally" / "run.json").write_text("[]")
+    assert "does not say where" in await elsewhere.refused("poll", "list")
+
+
+async def test_a_server_that_is_away_is_named(cli: Cli) -> None:
+    commands, queries = await asyncio.gather(
+        cli.refused("vote", str(uuid4()), "anna", "yes", "--command-address", NOBODY),
+        cli.refused("results", str(uuid4()), TALLY_QUERY_ADDRESS=NOBODY),
+    )
+    assert commands.startswith(f"UNAVAILABLE: the command server at {NOBODY} does not answer")
+    assert queries.startswith(f"UNAVAILABLE: the query server at {NOBODY} does not answer")
+
+
+async def test_a_command_whose_answer_is_lost_takes_effect_once(cli: Cli) -> None:
+    title = f"Once {uuid4()}"
+    a_poll_id = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-")
+    async with Proxy(cli.run_record["command_address"], loses=a_poll_id).running() as proxy:
+        arguments = ("--title", title, "--option", "yes", "--option", "no", "--command-address", proxy.address)
+        created = await cli.data("poll", "create", *arguments)
+        assert proxy.connections == 2
+    await cli.data("poll", "show", created["poll_id"], "--at-least-as-fresh", created["consistency_token"])
+    listed = (await cli.data("poll", "list", "--limit", "1000"))["polls"]
+    assert [poll["poll_id"] for poll in listed if poll["title"] == title] == [created["poll_id"]]
+
+
+async def test_a_watcher_hears_of_every_vote_until_the_poll_is_closed(cli: Cli) -> None:
+    poll_id = await cli.open_poll("yes", "no")
+    as_json, as_text = await cli.start("watch", poll_id, "-o", "json"), await cli.start("watch", poll_id)
+    assert as_json.stdout
+    versions = []
+    for voter in ("anna", "bert", "carl"):
+        seen = json.loads(await next_line(as_json.stdout))
+        versions.append(seen["version"])
+        assert seen["total_votes"] == len(versions) - 1
+        await cli.data("vote", poll_id, voter, "yes")
+    await cli.data("poll", "close", poll_id)
+    async with asyncio.timeout(30):
+        rest, text = await ended(as_json), await ended(as_text)
+    last = json.loads(rest.out.splitlines()[-1])
+    assert (rest.code, text.code) == (0, 0)
+    assert versions == sorted(set(versions))
+    assert (last["state"], counts(last)) == ("POLL_STATE_CLOSED", {"yes": 3, "no": 0})
+    assert re.fullmatch(r"version \d+ CLOSED: 3 votes · yes 3 · no 0", text.out.splitlines()[-1])
+
+
+async def test_a_watcher_is_ended_cleanly_by_ctrl_c(cli: Cli) -> None:
+    poll_id = await cli.open_poll("yes", "no")
+    watcher = await cli.start("watch", poll_id)
+    assert watcher.stdout
+    await next_line(watcher.stdout)
+    watcher.send_signal(signal.SIGINT)
+    async with asyncio.timeout(30):
+        outcome = await ended(watcher)
+    assert outcome.code == 130
+    assert outcome.err == ""
+
+
+async def test_a_watcher_goes_on_after_a_lost_connection(cli: Cli) -> None:
+    poll_id = await cli.open_poll("yes", "no")
+    async with Proxy(cli.run_record["query_address"]).running() as proxy:
+        watcher = await cli.start("watch", poll_id, "-o", "json", "--query-address", proxy.address)
+        assert watcher.stdout
+        versions = [json.loads(await next_line(watcher.stdout))["version"]]
+        for voter in ("anna", "bert"):
+            proxy.cut()
+            await cli.data("vote", poll_id, voter, "yes")
+            versions.append(json.loads(await next_line(watcher.stdout))["version"])
+        await cli.data("poll", "close", poll_id)
+        async with asyncio.timeout(30):
+            outcome = await ended(watcher)
+    assert versions == [2, 3, 4]
+    assert outcome.code == 0
+    assert [json.loads(line)["version"] for line in outcome.out.splitlines()] == [5]
+    assert "trying again" in outcome.err
+
+
+async def test_on_a_terminal_the_count_is_a_chart_that_grows(cli: Cli) -> None:
+    ours, theirs = pty.openpty()
+    try:
+        process = await cli.start(
+            *("import", str(ELECTION), "--title", f"Chart {uuid4()}", *FIRST_CHOICES, "--watch", "-o", "json"),
+            stderr=theirs,
+            variables=ENVIRONMENT | {"COLUMNS": "100", "LINES": "30", "TERM": "xterm"},
+        )
+        os.close(theirs)
+        drawn = asyncio.create_task(asyncio.to_thread(read_terminal, ours))
+        async with asyncio.timeout(60):
+            outcome, screen = await ended(process), await drawn
+    finally:
+        os.close(ours)
+    assert outcome.code == 0
+    assert re.search(r"\d of 79,174 rows", screen)
+    assert re.search(r"BETSY HODGES .*█", screen)
+    assert screen.rstrip().rindex("\x1b[?25h") > screen.rindex("█"), "the cursor is not given back"
+    assert outcome.data["results"]["total_votes"] == 79_174
+
+
+async def test_a_lost_connection_loses_and_doubles_nothing(cli: Cli) -> None:
+    async with Proxy(cli.run_record["command_address"], [300_000, 1, 400_000, 500_000]).running() as proxy:
+        outcome = await cli.run(
+            *("import", str(ELECTION), "--title", f"Cut {uuid4()}", *FIRST_CHOICES, "--batch-size", "500"),
+            *("--command-address", proxy.address, "--output", "json"),
+        )
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("trying again") >= 2
+    assert outcome.data["rejected"] == 0
+    assert outcome.data["accepted"] + outcome.data["already_recorded"] == 79_174
+    assert counts(outcome.data["results"]) == election()
+
+
+async def test_an_import_that_gives_up_says_how_to_go_on(cli: Cli) -> None:
+    title = f"Given up {uuid4()}"
+    async with Proxy(cli.run_record["command_address"], [300_000, 0]).running() as proxy:
+        outcome = await cli.run(
+            *("import", str(ELECTION), "--title", title, *FIRST_CHOICES, "--batch-size", "500"),
+            *("--command-address", proxy.address, "--retry-for", "0.3"),
+        )
+    assert outcome.code == 1
+    assert re.search(rf"^UNAVAILABLE: the command server at {proxy.address} does not answer", outcome.err, re.MULTILINE)
+    answered = re.search(r"^([\d,]+) of 79,174 votes answered", outcome.err, re.MULTILINE)
+    assert answered
+    assert 0 < int(answered[1].replace(",", "")) < 79_174
+
+    arguments = continuation(outcome)
+    arguments[arguments.index("--command-address") + 1] = cli.run_record["command_address"]
+    finished = await cli.data(*arguments)
+    assert finished["already_recorded"] >= int(answered[1].replace(",", ""))
+    assert counts(finished["results"]) == election()
+
+
+async def test_ctrl_c_waits_for_answers_and_says_how_to_go_on(cli: Cli) -> None:
+    process = await cli.start(
+        *("import", str(ELECTION), "--title", f"Stopped {uuid4()}", *FIRST_CHOICES),
+        *("--batch-size", "20", "--in-flight", "1"),
+    )
+    assert process.stderr
+    while b"rows (" not in await next_line(process.stderr):
+        pass
+    process.send_signal(signal.SIGINT)
+    async with asyncio.timeout(30):
+        outcome = await ended(process)
+    assert outcome.code == 130
+    answered = re.search(r"^([\d,]+) of 79,174 votes answered", outcome.err, re.MULTILINE)
+    assert answered
+    finished = await cli.data(*continuation(outcome))
+    assert finished["already_recorded"] == int(answered[1].replace(",", ""))
+    assert counts(finished["results"]) == election()
+
+
+async def test_a_poll_that_is_closed_under_an_import_ends_it(cli: Cli) -> None:
+    process = await cli.start(
+        *("import", str(ELECTION), "--title", f"Closed {uuid4()}", *FIRST_CHOICES),
+        *("--batch-size", "20", "--in-flight", "1"),
+    )
+    assert process.stderr
+    poll_id = (await next_line(process.stderr)).decode().split()[-1]
+    while b"rows (" not in await next_line(process.stderr):
+        pass
+    closed = await cli.data("poll", "close", poll_id)
+    async with asyncio.timeout(30):
+        outcome = await ended(process)
+    assert outcome.code == 1
+    assert re.search("^POLL_NOT_OPEN: ", outcome.err, re.MULTILINE)
+    assert "to go on" not in outcome.err
+    answered = re.search(r"^([\d,]+) of 79,174 votes answered", outcome.err, re.MULTILINE)
+    results = await cli.data("results", poll_id, "--at-least-as-fresh", closed["consistency_token"])
+    assert answered
+    assert results["results"]["total_votes"] == int(answered[1].replace(",", ""))
+
+
+async def test_migrate_brings_a_database_up_to_date(cli: Cli) -> None:
+    dsns = {name: cli.run_record[f"{name}_dsn"] for name in ("write", "read")}
+    migrated = await cli.data("migrate", "--write-dsn", dsns["write"], "--read-dsn", dsns["read"])
+    assert migrated == {"applied": {"write": [], "read": []}}
+    complaint = await cli.refused("migrate", "--write-dsn", "postgresql://tally:guess-me@127.0.0.1:9/none")
+    assert complaint.startswith("the write database was not migrated: ")
+    assert "guess-me" not in complaint
+
+
+async def test_help_does_not_keep_people_waiting() -> None:
+    process = await asyncio.create_subprocess_exec(TALLY, "import", "--help", env=ENVIRONMENT, stdout=PIPE, stderr=PIPE)
+    outcome = await ended(process)
+    assert outcome.code == 0
+    assert re.search(r"3\s+if\s+some\s+rows\s+were\s+rejected", outcome.out)
+
+
+async def next_line(stream: asyncio.StreamReader) -> bytes:
+    async with asyncio.timeout(30):
+        line = await stream.readline()
+    assert line, "the command ended"
+    return line
+
+
+def read_terminal(descriptor: int) -> str:
+    """Everything that is written to a terminal until the other side is closed."""
+    drawn = b""
+    while True:
+        try:
+            data = os.read(descriptor, 1 << 16)
+        except OSError:
+            return drawn.decode()
+        drawn += data
+
+
+class Proxy:
+    """A TCP proxy whose connections are reset: the n-th one after `cut_after[n]` bytes to the server, all by `cut`.
+
+    Where the last number is 0, every later connection is reset at once; otherwise later ones live on. The first answer
+    that `loses` matches is not passed on: its connection is reset in its place.
+    """
+
+    def __init__(self, target: str, cut_after: Sequence[int] = (), loses: re.Pattern[bytes] | None = None) -> None:
+        self._host, _, port = target.rpartition(":")
+        self._port = int(port)
+        self._limits = list(cut_after)
+        self._loses = loses
+        self._writers: set[asyncio.StreamWriter] = set()
+        self.address = ""
+        self.connections = 0
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Proxy"]:
+        async with asyncio.TaskGroup() as tasks:
+            server = await asyncio.start_server(lambda *ends: tasks.create_task(self._serve(*ends)), "127.0.0.1", 0)
+            self.address = "{}:{}".format(*server.sockets[0].getsockname())
+            yield self
+            server.close()
+            self.cut()
+
+    def cut(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        limit: float = 0 if self._limits == [0] else self._limits.pop(0) if self._limits else float("inf")
+        upstream_reader, upstream_writer = await asyncio.open_connection(self._host, self._port)
+        ends = {writer, upstream_writer}
+        self._writers |= ends
+        with suppress(OSError, ExceptionGroup):
+            async with asyncio.TaskGroup() as pumps:
+                pumps.create_task(self._ask(reader, upstream_writer, limit))
+                pumps.create_task(self._answer(upstream_reader, writer))
+        self._writers -= ends
+        for end in ends:
+            end.transport.abort()
+
+    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limit: float) -> None:
+        asked = 0
+        while (data := await reader.read(1 << 14)) and (asked := asked + len(data)) <= limit:
+            writer.write(data)
+            await writer.drain()
+        # One end is gone: the other one goes too.
+        raise ConnectionResetError
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 14):
+            if self._loses and self._loses.search(data):
+                self._loses = None
+                break
+            writer.write(data)
+            await writer.drain()
+        raise ConnectionResetError

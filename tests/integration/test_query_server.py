@@ -1,0 +1,893 @@
+"""The read side against a real Postgres and Redis, which the tests fill the way the projectors do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
+from uuid import UUID, uuid4
+
+import asyncpg
+import grpc
+import pytest
+import redis.asyncio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import REGISTRY
+from tally.poll.v1.poll_pb2 import PollState
+from tally.query.v1 import query_service_pb2 as pb
+from tally.query.v1.query_service_pb2_grpc import QueryServiceStub
+
+from contracts.freshness import token
+from contracts.live import live_key
+from contracts.voters import VoterKeys
+from query_server import service, watchers
+from query_server.__main__ import QuerySettings
+from query_server.__main__ import serve as serve_queries
+from runtime.embedded import Stores
+from tests.proxy import Proxy, proxy
+from tests.servers import VOTER_SECRET, Refused, refused, serving
+
+if TYPE_CHECKING:
+    from tally.query.v1.query_service_pb2_grpc import QueryServiceAsyncStub
+
+LIVE, STORED = pb.RESULTS_SOURCE_LIVE_CACHE, pb.RESULTS_SOURCE_READ_DATABASE
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+class ReadModels:
+    """Does what the projectors do. At version v the poll has v - 1 votes, all for its first option."""
+
+    def __init__(self, database: asyncpg.Pool, live: redis.asyncio.Redis) -> None:
+        self.database = database
+        self.live = live
+
+    async def poll(
+        self, version: int = 1, *, state: str = "OPEN", created_at: datetime = NOON, options: int = 2
+    ) -> UUID:
+        """A new poll in the read database."""
+        poll_id = uuid4()
+        await self.database.execute(
+            "INSERT INTO polls (poll_id, version, state, method, title, description, option_ids, option_labels, counts,"
+            " total_votes, as_of, created_at, opened_at)"
+            " VALUES ($1, $2, $3, 'SINGLE_CHOICE', 'Tea?', 'Or not.', $4, $5, $6, $7, $8, $8, $8)",
+            poll_id,
+            version,
+            state,
+            [f"option-{number}" for number in range(options)],
+            [f"Option {number}" for number in range(options)],
+            [version - 1] + [0] * (options - 1),
+            version - 1,
+            created_at,
+        )
+        return poll_id
+
+    async def store(self, poll_id: UUID, version: int) -> None:
+        """Moves a poll in the read database on."""
+        await self.database.execute(
+            "UPDATE polls SET version = $2::bigint, counts[1] = $2 - 1, total_votes = $2 - 1 WHERE poll_id = $1",
+            poll_id,
+            version,
+        )
+
+    async def publish(
+        self, poll_id: UUID, version: int, *, state: PollState.ValueType = PollState.POLL_STATE_OPEN
+    ) -> bytes:
+        """Moves a poll in Redis on, and tells the subscribers."""
+        results = live_results(poll_id, version, state=state)
+        async with self.live.pipeline(transaction=True) as pipeline:
+            pipeline.hset(live_key(poll_id), mapping={"version": version, "results": results})
+            pipeline.publish(live_key(poll_id), results)
+            await pipeline.execute()
+        return results
+
+    async def vote(self, poll_id: UUID, voter_id: str, version: int) -> None:
+        """Counts a vote in the read database."""
+        await self.database.execute(
+            "INSERT INTO votes SELECT $2, $3, poll_no, $4 FROM polls WHERE poll_id = $1",
+            poll_id,
+            version,
+            NOON,
+            UUID(bytes=VoterKeys(VOTER_SECRET).voter_key(voter_id)),
+        )
+
+
+def live_results(
+    poll_id: UUID, version: int, *, state: PollState.ValueType = PollState.POLL_STATE_OPEN, options: int = 2
+) -> bytes:
+    counts = [
+        pb.OptionCount(option_id=f"option-{number}", label=f"Option {number}", count=0 if number else version - 1)
+        for number in range(options)
+    ]
+    results = pb.Results(
+        poll_id=str(poll_id), state=state, version=version, counts=counts, total_votes=version - 1, source=LIVE
+    )
+    return pb.GetResultsResponse(results=results).SerializeToString()
+
+
+@pytest.fixture
+async def models(read_dsn: str, redis_url: str) -> AsyncIterator[ReadModels]:
+    async with (
+        asyncpg.create_pool(read_dsn, min_size=1, max_size=4) as pool,
+        redis.asyncio.Redis.from_url(redis_url) as client,
+    ):
+        yield ReadModels(pool, client)
+
+
+@asynccontextmanager
+async def query_channel(read_dsn: str, redis_url: str) -> AsyncIterator[grpc.aio.Channel]:
+    settings = QuerySettings(
+        query_listen="127.0.0.1:0", read_dsn=read_dsn, redis_url=redis_url, voter_secret=VOTER_SECRET
+    )
+    async with serving(lambda stop, ready: serve_queries(settings, stop, ready)) as channel:
+        yield channel
+
+
+@pytest.fixture
+async def server(read_dsn: str, redis_url: str) -> AsyncIterator[QueryServiceAsyncStub]:
+    async with query_channel(read_dsn, redis_url) as channel:
+        await until(lambda: REGISTRY.get_sample_value("tally_query_redis_subscribed") == 1)
+        yield QueryServiceStub(channel)
+
+
+class Network:
+    """A query server that reaches its stores through proxies."""
+
+    def __init__(self, stub: QueryServiceAsyncStub, to_redis: Proxy, to_database: Proxy) -> None:
+        self.stub = stub
+        self.to_redis = to_redis
+        self.to_database = to_database
+
+
+@pytest.fixture
+async def network(read_dsn: str, redis_url: str) -> AsyncIterator[Network]:
+    async with proxy(port_of(redis_url)) as to_redis, proxy(port_of(read_dsn)) as to_database:
+        dsn, url = at_port(read_dsn, to_database.port), at_port(redis_url, to_redis.port)
+        async with query_channel(dsn, url) as channel:
+            await until(lambda: REGISTRY.get_sample_value("tally_query_redis_subscribed") == 1)
+            yield Network(QueryServiceStub(channel), to_redis, to_database)
+
+
+def port_of(url: str) -> int:
+    port = urlsplit(url).port
+    assert port
+    return port
+
+
+def at_port(url: str, port: int) -> str:
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition(":")[0] + f":{port}"))
+
+
+async def until(condition: Callable[[], Any], seconds: float = 10) -> None:
+    """Returns once the condition, which may be a coroutine function, holds."""
+    async with asyncio.timeout(seconds):
+        while True:
+            holds = condition()
+            if await holds if asyncio.iscoroutine(holds) else holds:
+                return
+            await asyncio.sleep(0.01)
+
+
+async def get_results(stub: QueryServiceAsyncStub, poll_id: UUID, at_least_as_fresh: str = "") -> pb.Results:
+    request = pb.GetResultsRequest(poll_id=str(poll_id), at_least_as_fresh=at_least_as_fresh)
+    return (await stub.GetResults(request, timeout=5)).results
+
+
+class Watch:
+    """A WatchResults stream."""
+
+    def __init__(self, stub: QueryServiceAsyncStub, *poll_ids: UUID, **fields: Any) -> None:
+        self.call = stub.WatchResults(pb.WatchResultsRequest(poll_ids=[str(poll_id) for poll_id in poll_ids], **fields))
+
+    async def next(self, seconds: float = 5) -> pb.Results:
+        async with asyncio.timeout(seconds):
+            response = await self.call.read()
+        assert isinstance(response, pb.WatchResultsResponse), "the stream ended"
+        return response.results
+
+    async def up_to(self, version: int, seconds: float = 10) -> list[int]:
+        """The versions that arrive until this one is there."""
+        versions: list[int] = []
+        async with asyncio.timeout(seconds):
+            while not versions or versions[-1] < version:
+                versions.append((await self.next()).version)
+        assert versions == sorted(set(versions)), "the versions of a poll must grow"
+        return versions
+
+    async def refused(self) -> Refused:
+        """What the stream tells the caller that it ends with; it must not send anything before."""
+
+        async def read() -> Any:
+            async with asyncio.timeout(10):
+                return await self.call.read()
+
+        return await refused(read())
+
+
+# --- polls
+
+
+async def test_a_poll_is_read_as_it_was_made(server: QueryServiceAsyncStub, models: ReadModels) -> None:
+    poll_id = await models.poll(version=7)
+    poll = (await server.GetPoll(pb.GetPollRequest(poll_id=str(poll_id)))).poll
+    assert (poll.poll_id, poll.title, poll.description) == (str(poll_id), "Tea?", "Or not.")
+    assert [(option.option_id, option.label) for option in poll.options] == [
+        ("option-0", "Option 0"),
+        ("option-1", "Option 1"),
+    ]
+    assert (poll.state, poll.method, poll.version) == (PollState.POLL_STATE_OPEN, 1, 7)
+    assert poll.created_at.ToDatetime(UTC) == poll.opened_at.ToDatetime(UTC) == NOON
+    assert not poll.HasField("closed_at")
+
+
+async def test_an_upper_case_id_names_the_same_poll(server: QueryServiceAsyncStub, models: ReadModels) -> None:
+    poll_id = await models.poll()
+    await models.publish(poll_id, 2)
+    upper = str(poll_id).upper()
+    assert (await server.GetResults(pb.GetResultsRequest(poll_id=upper))).results.source == LIVE
+    assert (await server.GetPoll(pb.GetPollRequest(poll_id=upper))).poll.poll_id == str(poll_id)
+
+
+async def test_what_does_not_exist_is_not_found(server: QueryServiceAsyncStub, models: ReadModels) -> None:
+    unknown, known = str(uuid4()), str(await models.poll())
+    for call in (
+        server.GetPoll(pb.GetPollRequest(poll_id=unknown)),
+        server.GetResults(pb.GetResultsRequest(poll_id=unknown)),
+        server.GetVote(pb.GetVoteRequest(poll_id=unknown, voter_id="ann")),
+    ):
+        refusal = await refused(call)
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.NOT_FOUND, "POLL_NOT_FOUND")
+    assert (await Watch(server, UUID(known), UUID(unknown)).refused()).reason == "POLL_NOT_FOUND"
+    refusal = await refused(server.GetVote(pb.GetVoteRequest(poll_id=known, voter_id="ann")))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.NOT_FOUND, "VOTE_NOT_FOUND")
+
+
+async def test_requests_that_break_the_contract_are_refused(server: QueryServiceAsyncStub, models: ReadModels) -> None:
+    poll_id = str(await models.poll())
+    for call, field in (
+        (server.GetPoll(pb.GetPollRequest(poll_id="7")), "poll_id"),
+        (server.GetVote(pb.GetVoteRequest(poll_id=poll_id)), "voter_id"),
+        (server.ListPolls(pb.ListPollsRequest(page_size=1001)), "page_size"),
+        (server.GetResults(pb.GetResultsRequest(poll_id=poll_id, at_least_as_fresh="?")), "at_least_as_fresh"),
+        (
+            server.GetPoll(pb.GetPollRequest(poll_id=poll_id, at_least_as_fresh=token(uuid4(), 1))),
+            "at_least_as_fresh",
+        ),
+        (server.ListPolls(pb.ListPollsRequest(page_token="?")), "page_token"),
+    ):
+        refusal = await refused(call)
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+        assert refusal.fields == [field]
+    assert (await Watch(server).refused()).fields == ["poll_ids"]
+    assert (await Watch(server, uuid4(), at_least_as_fresh=token(uuid4(), 1)).refused()).fields == ["at_least_as_fresh"]
+
+
+async def test_pages_hold_each_poll_once_while_polls_are_added(
+    server: QueryServiceAsyncStub, models: ReadModels
+) -> None:
+    # Several polls share a moment, so that the id has to tell them apart.
+    moments = [NOON + timedelta(microseconds=number // 3) for number in range(20)]
+    before = {str(await models.poll(created_at=moment)) for moment in moments}
+    seen: list[pb.Poll] = []
+    page_token = ""
+    while True:
+        page = await server.ListPolls(pb.ListPollsRequest(page_size=6, page_token=page_token))
+        assert 0 < len(page.polls) <= 6
+        seen += page.polls
+        page_token = page.next_page_token
+        if not page_token:
+            break
+        await models.poll(created_at=NOON + timedelta(days=1))
+    assert [poll.poll_id for poll in seen] == [
+        poll.poll_id
+        for poll in sorted(seen, key=lambda poll: (poll.created_at.ToNanoseconds(), poll.poll_id), reverse=True)
+    ]
+    assert len(seen) == 20
+    assert {poll.poll_id for poll in seen} == before
+
+
+async def test_polls_are_listed_by_state(server: QueryServiceAsyncStub, models: ReadModels) -> None:
+    closed = [str(await models.poll(state="CLOSED", created_at=NOON + timedelta(hours=hour))) for hour in range(3)]
+    await models.poll(state="OPEN")
+    request = pb.ListPollsRequest(state=PollState.POLL_STATE_CLOSED, page_size=2)
+    first = await server.ListPolls(request)
+    request.page_token = first.next_page_token
+    second = await server.ListPolls(request)
+    assert [poll.poll_id for poll in [*first.polls, *second.polls]] == closed[::-1]
+    assert not second.next_page_token
+    request.state = PollState.POLL_STATE_OPEN
+    assert (await refused(server.ListPolls(request))).fields == ["page_token"]
+    assert len((await server.ListPolls(pb.ListPollsRequest())).polls) == 4
+
+
+async def test_a_page_has_50_polls_and_never_more_than_a_client_takes(
+    server: QueryServiceAsyncStub, models: ReadModels
+) -> None:
+    await models.poll(created_at=NOON - timedelta(days=1))
+    await models.database.execute(
+        "INSERT INTO polls (poll_id, version, state, method, title, description, option_ids, option_labels, counts,"
+        " total_votes, as_of, created_at)"
+        " SELECT gen_random_uuid(), 1, 'DRAFT', 'SINGLE_CHOICE', 'Big', '', ids, labels, counts, 0, $1, $1"
+        " FROM generate_series(1, 60), (SELECT array_agg('o' || n) ids, array_agg(repeat('x', 100) || n) labels,"
+        " array_agg(0::bigint) counts FROM generate_series(1, 800) n)",
+        NOON,
+    )
+    small = await server.ListPolls(pb.ListPollsRequest(state=PollState.POLL_STATE_OPEN))
+    assert len(small.polls) == 1
+    listed, request = 0, pb.ListPollsRequest(page_size=1000)
+    while True:
+        page = await server.ListPolls(request)
+        listed += len(page.polls)
+        request.page_token = page.next_page_token
+        if not request.page_token:
+            break
+    assert listed == 61
+    await models.database.execute("UPDATE polls SET option_ids = '{a}', option_labels = '{A}', counts = '{0}'")
+    assert len((await server.ListPolls(pb.ListPollsRequest())).polls) == 50
+
+
+async def test_a_vote_has_the_receipt_that_the_voter_got(server: QueryServiceAsyncStub, models: ReadModels) -> None:
+    poll_id = await models.poll(version=3)
+    await models.vote(poll_id, "ann", 2)
+    receipt = (await server.GetVote(pb.GetVoteRequest(poll_id=str(poll_id), voter_id="ann"))).receipt
+    voters = VoterKeys(VOTER_SECRET)
+    assert receipt.receipt_id == voters.receipt_id(poll_id, voters.voter_key("ann"))
+    assert (receipt.poll_id, receipt.version, receipt.recorded_at.ToDatetime(UTC)) == (str(poll_id), 2, NOON)
+    assert (
+        await refused(server.GetVote(pb.GetVoteRequest(poll_id=str(poll_id), voter_id="bob")))
+    ).reason == "VOTE_NOT_FOUND"
+
+
+# --- results
+
+
+async def test_results_are_the_bytes_of_the_projector(server: QueryServiceAsyncStub, models: ReadModels) -> None:
+    poll_id = await models.poll()
+    published = await models.publish(poll_id, 5)
+    response = await server.GetResults(pb.GetResultsRequest(poll_id=str(poll_id)))
+    assert response.SerializeToString() == published
+
+
+async def test_results_come_from_the_read_database_where_redis_has_none(
+    server: QueryServiceAsyncStub, models: ReadModels
+) -> None:
+    poll_id = await models.poll(version=4)
+    results = await get_results(server, poll_id)
+    assert (results.source, results.version, results.total_votes) == (STORED, 4, 3)
+    assert [(count.option_id, count.label, count.count) for count in results.counts] == [
+        ("option-0", "Option 0", 3),
+        ("option-1", "Option 1", 0),
+    ]
+    assert results.state == PollState.POLL_STATE_OPEN
+    assert results.as_of.ToDatetime(UTC) == NOON
+
+
+async def test_results_come_from_the_read_database_while_redis_is_away(network: Network, models: ReadModels) -> None:
+    poll_id = await models.poll(version=4)
+    await models.publish(poll_id, 5)
+    assert (await get_results(network.stub, poll_id)).source == LIVE
+    await network.to_redis.cut()
+    results = await get_results(network.stub, poll_id)
+    assert (results.source, results.version) == (STORED, 4)
+    assert (await refused(get_results(network.stub, uuid4()))).reason == "POLL_NOT_FOUND"
+    await network.to_redis.restore()
+    await until(lambda: is_live(network.stub, poll_id))
+
+
+async def is_live(stub: QueryServiceAsyncStub, poll_id: UUID) -> bool:
+    return (await get_results(stub, poll_id)).source == LIVE
+
+
+async def test_a_silent_redis_costs_one_call_its_patience_not_every_call(network: Network, models: ReadModels) -> None:
+    poll_id = await models.poll(version=4)
+    await models.publish(poll_id, 5)
+    network.to_redis.silence()
+    started = time.monotonic()
+    for _ in range(100):
+        assert (await get_results(network.stub, poll_id)).source == STORED
+    assert time.monotonic() - started < 3 * 0.5
+    await network.to_redis.restore()
+    await until(lambda: is_live(network.stub, poll_id))
+
+
+async def test_live_results_need_no_read_database(network: Network, models: ReadModels) -> None:
+    poll_id = await models.poll()
+    await models.publish(poll_id, 5)
+    await network.to_database.cut()
+    assert (await get_results(network.stub, poll_id)).version == 5
+    assert (await get_results(network.stub, poll_id, token(poll_id, 5))).version == 5
+    watch = Watch(network.stub, poll_id)
+    assert (await watch.next()).version == 5
+    await models.publish(poll_id, 6)
+    assert (await watch.next()).version == 6
+    refusal = await refused(network.stub.GetPoll(pb.GetPollRequest(poll_id=str(poll_id))))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE")
+    assert refusal.retry_after
+    await network.to_database.restore()
+    assert (await network.stub.GetPoll(pb.GetPollRequest(poll_id=str(poll_id)))).poll.version == 1
+
+
+async def test_without_any_store_the_caller_learns_no_detail(network: Network, models: ReadModels) -> None:
+    poll_id = await models.poll()
+    await network.to_redis.cut()
+    await network.to_database.cut()
+    for refusal in (
+        await refused(get_results(network.stub, poll_id)),
+        await Watch(network.stub, poll_id).refused(),
+    ):
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE")
+        assert refusal.retry_after
+        assert "127.0.0.1" not in refusal.message
+        assert str(network.to_redis.port) not in refusal.message
+
+
+async def test_a_silent_read_database_is_given_up_and_used_again(network: Network, models: ReadModels) -> None:
+    poll_id = await models.poll()
+    request = pb.GetPollRequest(poll_id=str(poll_id))
+    await network.stub.GetPoll(request)
+    network.to_database.silence()
+    started = time.monotonic()
+    refusals = await asyncio.gather(*(refused(network.stub.GetPoll(request)) for _ in range(30)))
+    assert {refusal.reason for refusal in refusals} == {"STORE_UNAVAILABLE"}
+    assert time.monotonic() - started < 6
+    await network.to_database.restore()
+    await until(lambda: answers(network.stub.GetPoll(request)))
+
+
+async def answers(call: Any) -> bool:
+    try:
+        await call
+    except grpc.RpcError:
+        return False
+    return True
+
+
+async def test_a_wiped_read_database_is_unavailable(server: QueryServiceAsyncStub, models: ReadModels) -> None:
+    poll_id = await models.poll()
+    await models.database.execute("ALTER SCHEMA public RENAME TO gone")
+    refusal = await refused(server.GetPoll(pb.GetPollRequest(poll_id=str(poll_id))))
+    assert refusal.reason == "STORE_UNAVAILABLE"
+    await models.database.execute("ALTER SCHEMA gone RENAME TO public")
+    assert (await server.GetPoll(pb.GetPollRequest(poll_id=str(poll_id)))).poll.version == 1
+
+
+# --- at_least_as_fresh
+
+
+async def test_a_fresh_read_waits_for_the_read_database(server: QueryServiceAsyncStub, models: ReadModels) -> None:
+    poll_id = await models.poll(version=2)
+    await models.vote(poll_id, "ann", 2)
+    fresh = token(poll_id, 3)
+    poll = asyncio.ensure_future(server.GetPoll(pb.GetPollRequest(poll_id=str(poll_id), at_least_as_fresh=fresh)))
+    request = pb.GetVoteRequest(poll_id=str(poll_id), voter_id="bob", at_least_as_fresh=fresh)
+    vote = asyncio.ensure_future(server.GetVote(request))
+    done, _ = await asyncio.wait([poll, vote], timeout=0.2)
+    assert not done
+    async with models.database.acquire() as connection, connection.transaction():
+        bob = UUID(bytes=VoterKeys(VOTER_SECRET).voter_key("bob"))
+        await connection.execute(
+            "INSERT INTO votes SELECT 3, $2, poll_no, $3 FROM polls WHERE poll_id = $1", poll_id, NOON, bob
+        )
+        await connection.execute("UPDATE polls SET version = 3 WHERE poll_id = $1", poll_id)
+    assert (await poll).poll.version == 3
+    assert (await vote).receipt.version == 3
+
+
+async def test_a_fresh_read_waits_for_a_poll_that_is_not_there_yet(
+    server: QueryServiceAsyncStub, models: ReadModels
+) -> None:
+    poll_id = uuid4()
+    fresh = token(poll_id, 1)
+    calls: list[asyncio.Future[Any]] = [
+        asyncio.ensure_future(server.GetPoll(pb.GetPollRequest(poll_id=str(poll_id), at_least_as_fresh=fresh))),
+        asyncio.ensure_future(get_results(server, poll_id, fresh)),
+        asyncio.ensure_future(Watch(server, poll_id, at_least_as_fresh=fresh).next()),
+    ]
+    done, _ = await asyncio.wait(calls, timeout=0.2)
+    assert not done
+    there = await models.poll()
+    await models.database.execute("UPDATE polls SET poll_id = $2 WHERE poll_id = $1", there, poll_id)
+    poll, results, watched = await asyncio.gather(*calls)
+    assert (poll.poll.version, results.version, watched.version) == (1, 1, 1)
+
+
+async def test_past_the_deadline_the_caller_learns_how_far_behind(
+    server: QueryServiceAsyncStub, models: ReadModels
+) -> None:
+    poll_id = await models.poll(version=2)
+    await models.publish(poll_id, 3)
+    fresh = token(poll_id, 9)
+    name = str(poll_id)
+    watch = server.WatchResults(pb.WatchResultsRequest(poll_ids=[name], at_least_as_fresh=fresh), timeout=0.4)
+    refusals = await asyncio.gather(
+        refused(server.GetPoll(pb.GetPollRequest(poll_id=name, at_least_as_fresh=fresh), timeout=0.4)),
+        refused(server.GetVote(pb.GetVoteRequest(poll_id=name, voter_id="a", at_least_as_fresh=fresh), timeout=0.4)),
+        refused(server.GetResults(pb.GetResultsRequest(poll_id=name, at_least_as_fresh=fresh), timeout=0.4)),
+        refused(watch.read()),
+    )
+    for refusal, missing in zip(refusals, (7, 7, 6, 6), strict=True):
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "READ_MODEL_BEHIND")
+        assert f" {missing} behind" in refusal.message
+        assert refusal.retry_after
+
+
+async def test_fresh_results_wake_on_the_update(network: Network, models: ReadModels) -> None:
+    poll_id = await models.poll()
+    await models.publish(poll_id, 2)
+    # Nothing but Redis can bring the version.
+    await network.to_database.cut()
+    for version in range(3, 20):
+        read = asyncio.ensure_future(get_results(network.stub, poll_id, token(poll_id, version)))
+        await until(lambda: is_subscribed(models, poll_id))
+        await models.publish(poll_id, version)
+        published = time.monotonic()
+        assert (await read).version == version
+        assert time.monotonic() - published < 0.2
+        await until(lambda: is_free(models))
+
+
+async def is_subscribed(models: ReadModels, poll_id: UUID) -> bool:
+    [(_, subscribers)] = await models.live.pubsub_numsub(live_key(poll_id))
+    return bool(subscribers)
+
+
+async def is_free(models: ReadModels) -> bool:
+    """Nobody watches anything, and Redis knows it."""
+    return (
+        not await models.live.pubsub_channels("tally:live:*")
+        and REGISTRY.get_sample_value("tally_query_topics") == 0
+        and REGISTRY.get_sample_value("tally_query_watchers") == 0
+    )
+
+
+async def test_fresh_results_come_from_the_read_database_where_redis_stays_behind(
+    server: QueryServiceAsyncStub, models: ReadModels
+) -> None:
+    poll_id = await models.poll(version=3)
+    await models.publish(poll_id, 2)
+    results = await get_results(server, poll_id, token(poll_id, 3))
+    assert (results.source, results.version) == (STORED, 3)
+
+
+async def test_fresh_results_need_no_redis(network: Network, models: ReadModels) -> None:
+    poll_id = await models.poll(version=2)
+    await network.to_redis.cut()
+    read = asyncio.ensure_future(get_results(network.stub, poll_id, token(poll_id, 3)))
+    done, _ = await asyncio.wait([read], timeout=0.2)
+    assert not done
+    await models.store(poll_id, 3)
+    results = await read
+    assert (results.source, results.version) == (STORED, 3)
+
+
+# --- watching
+
+
+async def test_a_watcher_gets_the_current_results_and_then_each_change(
+    server: QueryServiceAsyncStub, models: ReadModels
+) -> None:
+    poll_id = await models.poll()
+    await models.publish(poll_id, 2)
+    watch = Watch(server, poll_id)
+    first = await watch.next()
+    assert (first.version, first.source) == (2, LIVE)
+    for version in range(3, 10):
+        await models.publish(poll_id, version)
+        assert (await watch.next()).version == version
+    await models.publish(poll_id, 10, state=PollState.POLL_STATE_CLOSED)
+    assert (await watch.next()).state == PollState.POLL_STATE_CLOSED
+    await models.publish(poll_id, 11, state=PollState.POLL_STATE_CLOSED)
+    assert (await watch.next()).version == 11
+
+
+@pytest.fixture
+def no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what Redis tells arrives: nothing is read again later."""
+    monkeypatch.setattr(watchers, "_TICKS_PER_SWEEP", sys.maxsize)
+
+
+@pytest.mark.usefixtures("no_sweep")
+async def test_nothing_is_missed_around_the_start(server: QueryServiceAsyncStub, models: ReadModels) -> None:
+    for _ in range(60):
+        poll_id = await models.poll()
+        last = 12
+        watch = Watch(server, poll_id)
+        for version in range(2, last + 1):
+            await models.publish(poll_id, version)
+        versions = await watch.up_to(last)
+        assert versions[-1] == last
+        watch.call.cancel()
+
+
+@pytest.mark.usefixtures("no_sweep")
+async def test_a_watcher_that_follows_another_one_misses_nothing(
+    server: QueryServiceAsyncStub, models: ReadModels
+) -> None:
+    """The last watcher leaves and the next comes while Redis is still told to unsubscribe."""
+    poll_id = await models.poll()
+    await models.publish(poll_id, 2)
+    for version in range(3, 80):
+        watch = Watch(server, poll_id)
+        assert (await watch.next()).version >= version - 1
+        publishing = asyncio.ensure_future(models.publish(poll_id, version))
+        assert (await watch.up_to(version))[-1] == version
+        watch.call.cancel()
+        await publishing
+
+
+async def test_versions_never_fall(server: QueryServiceAsyncStub, models: ReadModels) -> None:
+    poll_id = await models.poll()
+    await models.publish(poll_id, 5)
+    watch = Watch(server, poll_id)
+    assert (await watch.next()).version == 5
+    for version in (4, 5, 1, 6, 2, 6, 5, 7):
+        await models.publish(poll_id, version)
+    assert await watch.up_to(7) in ([6, 7], [7])
+    # A watcher that comes later does not bring the older state of Redis back either.
+    await models.publish(poll_id, 3)
+    assert (await Watch(server, poll_id).next()).version == 7
+    await models.publish(poll_id, 8)
+    assert (await watch.next()).version == 8
+
+
+async def test_what_is_no_result_is_ignored(server: QueryServiceAsyncStub, models: ReadModels) -> None:
+    poll_id = await models.poll(version=2)
+    await models.live.hset(live_key(poll_id), "results", b"\xff\xff")
+    watch = Watch(server, poll_id)
+    assert (await watch.next()).source == STORED
+    await models.live.publish(live_key(poll_id), b"\xff\xff")
+    await models.live.publish(live_key(poll_id), b"")
+    await models.publish(poll_id, 3)
+    assert (await watch.next()).version == 3
+
+
+async def test_several_polls_share_a_stream(server: QueryServiceAsyncStub, models: ReadModels) -> None:
+    poll_ids = [await models.poll() for _ in range(5)]
+    watch = Watch(server, *poll_ids)
+    assert {(await watch.next()).poll_id for _ in poll_ids} == set(map(str, poll_ids))
+    for version in range(2, 5):
+        for poll_id in poll_ids:
+            await models.publish(poll_id, version)
+        assert {(await watch.next()).poll_id for _ in poll_ids} == set(map(str, poll_ids))
+
+
+async def test_redis_has_one_subscription_whatever_the_number_of_watchers(
+    server: QueryServiceAsyncStub, models: ReadModels
+) -> None:
+    poll_id = await models.poll()
+    watches = [Watch(server, poll_id) for _ in range(50)]
+    await asyncio.gather(*(watch.next() for watch in watches))
+    assert REGISTRY.get_sample_value("tally_query_watchers") == 50
+    assert REGISTRY.get_sample_value("tally_query_topics") == 1
+    [(_, subscribers)] = await models.live.pubsub_numsub(live_key(poll_id))
+    assert subscribers == 1
+    await models.publish(poll_id, 2)
+    assert {(await watch.next()).version for watch in watches} == {2}
+
+
+async def test_min_interval_conflates(server: QueryServiceAsyncStub, models: ReadModels) -> None:
+    poll_id = await models.poll()
+    watch = Watch(server, poll_id, min_interval=timedelta(milliseconds=300))
+    await watch.next()
+    started = time.monotonic()
+    for version in range(2, 100):
+        await models.publish(poll_id, version)
+    versions = await watch.up_to(99)
+    assert time.monotonic() - started > 0.25
+    assert len(versions) <= 1 + (time.monotonic() - started) / 0.3
+
+
+async def test_a_slow_reader_gets_the_newest_and_no_backlog(server: QueryServiceAsyncStub, models: ReadModels) -> None:
+    poll_id = await models.poll()
+    watch = Watch(server, poll_id)
+    await watch.next()
+    # Far more than all buffers between server and client hold.
+    last = 400
+    for version in range(2, last + 1):
+        await models.live.publish(live_key(poll_id), live_results(poll_id, version, options=3000))
+    versions = await watch.up_to(last)
+    assert len(versions) < last / 2
+
+
+async def test_a_stuck_reader_is_sent_away(
+    server: QueryServiceAsyncStub, models: ReadModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "STUCK", 0.2)
+    poll_id = await models.poll()
+    watch = Watch(server, poll_id)
+    await watch.next()
+    version = 1
+
+    async def sent_away() -> bool:
+        nonlocal version
+        version += 1
+        await models.live.publish(live_key(poll_id), live_results(poll_id, version, options=20_000))
+        return REGISTRY.get_sample_value("tally_query_watchers") == 0
+
+    await until(sent_away, seconds=30)
+
+    async def read_on() -> None:
+        while True:
+            await watch.next()
+
+    assert (await refused(read_on())).reason == "OVERLOADED"
+
+
+async def test_a_watcher_survives_the_death_of_redis(
+    stores: Stores, server: QueryServiceAsyncStub, models: ReadModels
+) -> None:
+    poll_id = await models.poll()
+    await models.publish(poll_id, 2)
+    watch = Watch(server, poll_id)
+    assert (await watch.next()).source == LIVE
+    stores.redis_process.kill()
+    try:
+        await stores.redis_process.ended()
+        for version in (4, 5):
+            await models.store(poll_id, version)
+            results = await watch.next()
+            assert (results.version, results.source) == (version, STORED)
+        late = await Watch(server, poll_id).next()
+        assert (late.version, late.source) == (5, STORED)
+    finally:
+        await stores.redis_process.start()
+        await models.live.connection_pool.disconnect()
+    # Redis comes back with what it had, and is behind for a while.
+    await models.publish(poll_id, 4)
+    await until(lambda: is_subscribed(models, poll_id))
+    await models.publish(poll_id, 6)
+    results = await watch.next()
+    assert (results.version, results.source) == (6, LIVE)
+    await models.publish(poll_id, 7)
+    assert (await watch.next()).version == 7
+
+
+@pytest.mark.usefixtures("no_sweep")
+async def test_what_changes_while_redis_is_lost_arrives_when_it_is_back(network: Network, models: ReadModels) -> None:
+    poll_id = await models.poll()
+    await models.publish(poll_id, 2)
+    watch = Watch(network.stub, poll_id)
+    assert (await watch.next()).version == 2
+    # Nothing but Redis can bring the change.
+    await network.to_database.cut()
+    for version in range(3, 6):
+        await network.to_redis.cut()
+        await models.publish(poll_id, version)
+        await network.to_redis.restore()
+        assert (await watch.next()).version == version
+
+
+async def test_a_redis_that_goes_silent_is_noticed(network: Network, models: ReadModels) -> None:
+    poll_id = await models.poll()
+    await models.publish(poll_id, 2)
+    watch = Watch(network.stub, poll_id)
+    assert (await watch.next()).version == 2
+    network.to_redis.silence()
+    await models.store(poll_id, 3)
+    results = await watch.next(seconds=10)
+    assert (results.version, results.source) == (3, STORED)
+    await network.to_redis.restore()
+    await models.publish(poll_id, 4)
+    assert (await watch.next()).version == 4
+
+
+async def test_a_watcher_outlives_both_stores(network: Network, models: ReadModels) -> None:
+    poll_id = await models.poll()
+    await models.publish(poll_id, 2)
+    watch = Watch(network.stub, poll_id)
+    assert (await watch.next()).version == 2
+    await network.to_redis.cut()
+    await network.to_database.cut()
+    await models.publish(poll_id, 3)
+    # The last state is still there for those who come now.
+    assert (await Watch(network.stub, poll_id).next()).version == 2
+    await network.to_redis.restore()
+    assert (await watch.next()).version == 3
+
+
+async def test_cancelled_watchers_leave_nothing_behind(server: QueryServiceAsyncStub, models: ReadModels) -> None:
+    poll_ids = [await models.poll() for _ in range(10)]
+    await until(lambda: is_free(models))
+    before = len(asyncio.all_tasks())
+    for _ in range(5):
+        watches = [Watch(server, poll_ids[number % 10], poll_ids[(number + 1) % 10]) for number in range(200)]
+        # Some are cancelled before their first answer, some after it.
+        await asyncio.gather(*(watch.next() for watch in watches[::2]))
+        assert (REGISTRY.get_sample_value("tally_query_watchers") or 0) >= 100
+        for watch in watches:
+            watch.call.cancel()
+    await until(lambda: is_free(models))
+    await until(lambda: len(asyncio.all_tasks()) <= before)
+
+
+async def test_too_many_watchers_are_refused(
+    server: QueryServiceAsyncStub, models: ReadModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchers, "MAX_WATCHERS", 2)
+    poll_id = await models.poll()
+    watching = [Watch(server, poll_id) for _ in range(2)]
+    await asyncio.gather(*(watch.next() for watch in watching))
+    refusal = await Watch(server, poll_id).refused()
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+    watching[0].call.cancel()
+    await until(lambda: REGISTRY.get_sample_value("tally_query_watchers") == 1)
+    assert (await Watch(server, poll_id).next()).version == 1
+
+
+# --- the process
+
+
+@asynccontextmanager
+async def process(read_dsn: str, redis_url: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, grpc.aio.Channel]]:
+    """`python -m query_server`, once it serves, and a channel to it."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "TALLY_QUERY_LISTEN": "127.0.0.1:0",
+        "TALLY_READ_DSN": read_dsn,
+        "TALLY_REDIS_URL": redis_url,
+        "TALLY_VOTER_SECRET": VOTER_SECRET,
+    }
+    running = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "query_server", env=environment, stderr=asyncio.subprocess.PIPE
+    )
+    assert running.stderr
+    try:
+        async with asyncio.timeout(20):
+            async for line in running.stderr:
+                entry = json.loads(line)
+                if entry["event"] == "serving":
+                    break
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{entry['port']}") as channel:
+            yield running, channel
+    finally:
+        if running.returncode is None:
+            running.kill()
+        await running.communicate()
+
+
+async def test_streams_end_at_once_when_the_server_stops(read_dsn: str, redis_url: str, models: ReadModels) -> None:
+    poll_id = await models.poll()
+    async with process(read_dsn, redis_url) as (running, channel):
+        stub = QueryServiceStub(channel)
+        watch = Watch(stub, poll_id)
+        await watch.next()
+        waiting = asyncio.ensure_future(refused(get_results(stub, poll_id, token(poll_id, 9))))
+        await until(lambda: is_subscribed(models, poll_id))
+        started = time.monotonic()
+        running.send_signal(signal.SIGTERM)
+        for refusal in (await watch.refused(), await waiting):
+            assert refusal.code == grpc.StatusCode.UNAVAILABLE
+        assert time.monotonic() - started < 1
+        async with asyncio.timeout(3):
+            assert await running.wait() == 0
+
+
+async def test_it_serves_before_its_stores_do(read_dsn: str, redis_url: str, models: ReadModels) -> None:
+    poll_id = await models.poll()
+    await models.publish(poll_id, 2)
+    async with proxy(port_of(redis_url)) as to_redis, proxy(port_of(read_dsn)) as to_database:
+        await to_redis.cut()
+        await to_database.cut()
+        dsn, url = at_port(read_dsn, to_database.port), at_port(redis_url, to_redis.port)
+        async with process(dsn, url) as (_, channel):
+            health = health_pb2_grpc.HealthStub(channel)
+            for name in ("", "tally.query.v1.QueryService"):
+                response = await health.Check(health_pb2.HealthCheckRequest(service=name))
+                assert response.status == health_pb2.HealthCheckResponse.SERVING
+            stub = QueryServiceStub(channel)
+            assert (await refused(get_results(stub, poll_id))).reason == "STORE_UNAVAILABLE"
+            await to_database.restore()
+            assert (await get_results(stub, poll_id)).source == STORED
+            watch = Watch(stub, poll_id)
+            assert (await watch.next()).version == 1
+            await to_redis.restore()
+            results = await watch.next()
+            assert (results.version, results.source) == (2, LIVE)

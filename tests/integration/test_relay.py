@@ -1,0 +1,387 @@
+"""The relay against the real Postgres and NATS: everything in the outbox gets on the stream, once, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import nats
+import pytest
+from nats.aio.client import Client
+from nats.js import JetStreamContext
+from nats.js.api import StreamConfig
+from nats.js.errors import NotFoundError
+from tally.event.v1.event_pb2 import Event
+
+import relay.stream
+from contracts.bus import ALL_EVENTS, REPUBLISH, STREAM, event_subject, republish_request
+from relay import outbox, shard
+from relay.__main__ import RelaySettings
+from relay.__main__ import relay as run_relay
+from runtime.embedded import Stores
+from tests.event_log import EventLog, WrittenPoll, event_log
+from tests.processes import eventually, service
+from tests.proxy import proxy
+
+
+@pytest.fixture
+async def log(write_dsn: str) -> AsyncIterator[EventLog]:
+    async with event_log(write_dsn) as log:
+        yield log
+
+
+@pytest.fixture
+async def bus(nats_url: str) -> AsyncIterator[Client]:
+    connection = await nats.connect(nats_url)
+    yield connection
+    await connection.close()
+
+
+@asynccontextmanager
+async def relaying(write_dsn: str, nats_url: str, shards: int = 1) -> AsyncIterator[None]:
+    """A relay in this process."""
+    stop = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(run_relay(RelaySettings(write_dsn=write_dsn, nats_url=nats_url, shards=shards), stop))
+        yield
+        stop.set()
+
+
+class Published:
+    """What is on the stream, by poll, in its order."""
+
+    def __init__(self, messages: list[Any]) -> None:
+        self.messages = messages
+        self.events: dict[str, list[Event]] = defaultdict(list)
+        for message in messages:
+            event = Event.FromString(message.data)
+            assert message.headers["Tally-Version"] == str(event.version)
+            assert message.subject.endswith(f".{event.poll_id}")
+            self.events[event.poll_id].append(event)
+
+    def versions(self, poll: WrittenPoll) -> list[int]:
+        return [event.version for event in self.events[str(poll.poll_id)]]
+
+
+async def published(bus: Client) -> Published:
+    stream: JetStreamContext = bus.jetstream()
+    try:
+        count = (await stream.stream_info(STREAM)).state.messages
+    except NotFoundError:
+        return Published([])
+    subscription = await stream.subscribe(ALL_EVENTS, ordered_consumer=True)
+    messages = [await subscription.next_msg(timeout=5) for _ in range(count)]
+    await subscription.unsubscribe()
+    return Published(messages)
+
+
+async def drained(log: EventLog) -> None:
+    async def empty() -> None:
+        assert await log.waiting() == 0
+
+    await eventually(empty)
+
+
+async def test_every_event_is_published_whole_and_in_order(
+    log: EventLog, write_dsn: str, nats_url: str, bus: Client
+) -> None:
+    polls = [await log.poll() for _ in range(5)]
+    for number in range(30):
+        await log.cast(polls[number % 5], votes=number)
+    async with relaying(write_dsn, nats_url):
+        await drained(log)
+        for number in range(70):
+            await log.cast(polls[number % 5], votes=3)
+        await log.close(polls[0])
+        await drained(log)
+    stream = await published(bus)
+    for poll in polls:
+        assert stream.events[str(poll.poll_id)] == await log.events(poll)
+    assert {message.subject for message in stream.messages} == {event_subject(0, poll.poll_id) for poll in polls}
+
+
+async def test_a_row_that_is_committed_late_is_not_passed_over(
+    log: EventLog, write_dsn: str, nats_url: str, bus: Client
+) -> None:
+    early, late = await log.poll(), await log.poll()
+    async with relaying(write_dsn, nats_url), event_log(write_dsn) as slow:
+        await drained(log)
+        async with slow.connection.transaction():
+            await slow.cast(late)
+            # This row has a higher outbox_id, and is published first.
+            await log.cast(early)
+            await drained(log)
+        await drained(log)
+    stream = await published(bus)
+    assert stream.versions(early) == stream.versions(late) == [1, 2, 3]
+
+
+async def test_big_events_are_read_a_few_at_a_time(
+    log: EventLog, write_dsn: str, nats_url: str, bus: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "CHUNK_BYTES", 300_000)
+    poll = await log.poll()
+    for _ in range(6):
+        await log.cast(poll, votes=10_000)
+    async with outbox.connect(write_dsn, 0, 1) as events:
+        first = await events.next([])
+        # Two small ones, and of the big ones as many as it takes to pass the bound.
+        assert [event.version for event in first] == [1, 2, 3, 4]
+        second = await events.next([event.outbox_id for event in first])
+        assert [event.version for event in second] == [5, 6]
+    # The first four were said to be acknowledged.
+    async with relaying(write_dsn, nats_url):
+        await drained(log)
+    assert (await published(bus)).versions(poll) == [5, 6, 7, 8]
+
+
+async def test_killed_between_publishing_and_deleting_it_publishes_nothing_twice(
+    log: EventLog, write_dsn: str, nats_url: str, bus: Client, tmp_path: Path
+) -> None:
+    settings = {"write_dsn": write_dsn, "nats_url": nats_url}
+    poll = await log.poll()
+    for _ in range(20):
+        await log.cast(poll)
+    async with service(tmp_path, "relay", failpoint="relay.after_publish", **settings) as process:
+        await process.ended()
+    assert process.how_it_ended() == "was killed by SIGKILL"
+    assert await log.waiting() == 22
+    assert (await published(bus)).versions(poll) == list(range(1, 23))
+    # What the next one reads first is a part of what was published, and more.
+    for _ in range(5):
+        await log.cast(poll)
+    async with service(tmp_path, "relay", **settings):
+        await drained(log)
+    assert (await published(bus)).versions(poll) == list(range(1, 28))
+
+
+async def test_killed_again_and_again_it_loses_nothing(
+    log: EventLog, write_dsn: str, nats_url: str, bus: Client, tmp_path: Path
+) -> None:
+    polls = [await log.poll() for _ in range(3)]
+    async with service(tmp_path, "relay", write_dsn=write_dsn, nats_url=nats_url) as process:
+        for round_ in range(4):
+            for number in range(40):
+                await log.cast(polls[number % 3])
+                if number == 10 * round_:
+                    process.kill()
+            await process.ended()
+            await process.start()
+        await drained(log)
+    stream = await published(bus)
+    assert [stream.versions(poll) for poll in polls] == [list(range(1, poll.version + 1)) for poll in polls]
+
+
+async def test_one_relays_and_another_takes_over(
+    log: EventLog, write_dsn: str, nats_url: str, bus: Client, tmp_path: Path
+) -> None:
+    poll = await log.poll()
+    settings = {"write_dsn": write_dsn, "nats_url": nats_url}
+    (tmp_path / "first").mkdir()
+    async with (
+        service(tmp_path / "first", "relay", **settings) as first,
+        service(tmp_path, "relay", **settings) as second,
+    ):
+        for _ in range(50):
+            await log.cast(poll)
+        await drained(log)
+        assert any('"leading"' in line for line in first.new_lines())
+        assert not any('"leading"' in line for line in second.new_lines())
+        first.kill()
+        killed = time.monotonic()
+        await log.cast(poll)
+        await drained(log)
+        assert time.monotonic() - killed < 3
+        assert any('"leading"' in line for line in second.new_lines())
+    assert (await published(bus)).versions(poll) == list(range(1, poll.version + 1))
+
+
+async def test_each_poll_belongs_to_one_shard(log: EventLog, write_dsn: str, nats_url: str, bus: Client) -> None:
+    polls = [await log.poll() for _ in range(6)]
+    async with relaying(write_dsn, nats_url, shards=3):
+        await drained(log)
+    subjects = {message.subject for message in (await published(bus)).messages}
+    assert subjects == {event_subject(poll.poll_no % 3, poll.poll_id) for poll in polls}
+
+
+async def test_a_stream_that_vanishes_is_made_again_with_the_head_of_each_poll(
+    log: EventLog, write_dsn: str, nats_url: str, bus: Client
+) -> None:
+    polls = [await log.poll() for _ in range(3)]
+    async with relaying(write_dsn, nats_url):
+        for poll in polls:
+            await log.cast(poll)
+        await drained(log)
+        await bus.jetstream().delete_stream(STREAM)
+        await log.cast(polls[0])
+
+        async def heads() -> None:
+            stream = await published(bus)
+            assert [stream.versions(poll)[-1:] for poll in polls] == [[4], [3], [3]]
+
+        await eventually(heads)
+        await drained(log)
+
+
+async def test_the_end_of_the_stream_is_compared_with_the_log(
+    log: EventLog, write_dsn: str, nats_url: str, bus: Client
+) -> None:
+    polls = [await log.poll() for _ in range(3)]
+    async with relaying(write_dsn, nats_url):
+        await drained(log)
+    stream: JetStreamContext = bus.jetstream()
+    # NATS loses the last message of one poll, and all of another.
+    last = await stream.get_last_msg(STREAM, event_subject(0, polls[0].poll_id))
+    assert last.seq
+    await stream.delete_msg(STREAM, last.seq)
+    await stream.purge_stream(STREAM, subject=event_subject(0, polls[1].poll_id))
+    async with relaying(write_dsn, nats_url):
+
+        async def healed() -> None:
+            now = await published(bus)
+            assert [now.versions(poll) for poll in polls] == [[1, 2], [2], [1, 2]]
+
+        await eventually(healed)
+        await drained(log)
+
+
+async def test_where_the_stream_may_forget_old_polls_they_are_not_missed(
+    log: EventLog, write_dsn: str, nats_url: str, bus: Client
+) -> None:
+    stream: JetStreamContext = bus.jetstream()
+    await stream.add_stream(StreamConfig(name=STREAM, subjects=[ALL_EVENTS], max_age=3600))
+    old = await log.poll()
+    async with relaying(write_dsn, nats_url):
+        await drained(log)
+    config = (await stream.stream_info(STREAM)).config
+    # What the operator has set stays, what the relay needs is added.
+    assert (config.max_age, config.allow_atomic, config.allow_direct) == (3600, True, True)
+    await stream.purge_stream(STREAM)
+    async with relaying(write_dsn, nats_url):
+        new = await log.poll()
+
+        async def there() -> None:
+            assert (await published(bus)).versions(new) == [1, 2]
+
+        await eventually(there)
+        await drained(log)
+    assert (await published(bus)).versions(old) == []
+
+
+async def test_a_range_is_published_again_up_to_the_head(
+    log: EventLog, write_dsn: str, nats_url: str, bus: Client
+) -> None:
+    poll, other = await log.poll(), await log.poll()
+    for _ in range(8):
+        await log.cast(poll)
+    async with relaying(write_dsn, nats_url):
+        await drained(log)
+        await bus.publish(REPUBLISH, b"nonsense")
+        await bus.publish(REPUBLISH, republish_request(uuid4(), 1))
+        await bus.publish(REPUBLISH, republish_request(poll.poll_id, poll.version + 1))
+        for _ in range(5):
+            # Asked for five times, and brought once.
+            await bus.publish(REPUBLISH, republish_request(poll.poll_id, 4))
+
+        async def again() -> None:
+            assert (await published(bus)).versions(poll) == [*range(1, 11), *range(4, 11)]
+
+        await eventually(again)
+        await drained(log)
+        await again()
+        await bus.publish(REPUBLISH, republish_request(poll.poll_id, 2))
+
+        async def more() -> None:
+            assert (await published(bus)).versions(poll) == [*range(1, 11), *range(4, 11), *range(2, 11)]
+
+        await eventually(more)
+    assert (await published(bus)).versions(other) == [1, 2]
+
+
+async def test_what_is_published_again_stays_in_order_while_votes_come(
+    log: EventLog, write_dsn: str, nats_url: str, bus: Client
+) -> None:
+    poll = await log.poll()
+    async with relaying(write_dsn, nats_url):
+        for number in range(150):
+            await log.cast(poll)
+            if number % 50 == 25:
+                await bus.publish(REPUBLISH, republish_request(poll.poll_id, 1))
+        await drained(log)
+        versions = (await published(bus)).versions(poll)
+    # A reader that lost everything is complete after each time that the beginning came.
+    starts = [place for place, version in enumerate(versions) if version == 1]
+    assert len(starts) > 1
+    for start in starts:
+        reached = 0
+        for version in versions[start:]:
+            assert version <= reached + 1
+            reached = max(reached, version)
+        assert reached == poll.version
+
+
+async def test_it_outlives_nats_and_postgres(log: EventLog, write_dsn: str, nats_url: str, stores: Stores) -> None:
+    poll = await log.poll()
+    async with relaying(write_dsn, nats_url):
+        await drained(log)
+        stores.nats_process.kill()
+        await stores.nats_process.ended()
+        await log.cast(poll)
+        await stores.nats_process.start()
+        await drained(log)
+        admin = await asyncpg.connect(stores.admin_dsn)
+        await admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'relay'")
+        await admin.close()
+        await log.cast(poll)
+        await drained(log)
+    fresh = await nats.connect(nats_url)
+    assert (await published(fresh)).versions(poll) == [1, 2, 3, 4]
+    await fresh.close()
+
+
+async def test_a_network_that_swallows_everything_does_not_stop_it_for_good(
+    log: EventLog, write_dsn: str, nats_url: str, bus: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay.stream, "_SECONDS", 0.3)
+    failures = shard._failures.labels(0)._value.get
+    poll = await log.poll()
+    credentials, port = nats_url.rsplit(":", 1)
+    async with proxy(int(port)) as between, relaying(write_dsn, f"{credentials}:{between.port}"):
+        await drained(log)
+        before = failures()
+        between.silence()
+        await log.cast(poll)
+
+        async def noticed() -> None:
+            assert failures() > before
+
+        await eventually(noticed)
+        assert await log.waiting() == 1
+        # What was held back arrives now, from a connection that the relay has given up.
+        await between.restore()
+        await drained(log)
+    assert (await published(bus)).versions(poll) == [1, 2, 3]
+
+
+async def test_sigterm_leaves_nothing_acknowledged_behind(
+    log: EventLog, write_dsn: str, nats_url: str, bus: Client, tmp_path: Path
+) -> None:
+    poll = await log.poll()
+    async with log.connection.transaction():
+        for _ in range(3000):
+            await log.cast(poll)
+    async with service(tmp_path, "relay", write_dsn=write_dsn, nats_url=nats_url) as process:
+        started = time.monotonic()
+        assert await process.stop()
+        assert time.monotonic() - started < 3
+        assert process.how_it_ended() == "ended with status 0"
+    versions = (await published(bus)).versions(poll)
+    assert versions == list(range(1, len(versions) + 1))
+    assert await log.waiting() == poll.version - len(versions)

@@ -1,0 +1,127 @@
+"""Counting, without any server: every event once, in order, and nothing that does not fit."""
+
+from __future__ import annotations
+
+import random
+from datetime import UTC, datetime, timedelta
+from uuid import uuid4
+
+import pytest
+from tally.event.v1.event_pb2 import Event, PollClosed, PollCreated, PollOpened, VotesCast
+from tally.poll.v1.poll_pb2 import POLL_STATE_CLOSED, POLL_STATE_DRAFT, POLL_STATE_OPEN, PollOption, PollSpec
+
+from projector.fold import Tally, Unfoldable, advance, fold
+
+POLL_ID = str(uuid4())
+START = datetime(2026, 1, 1, tzinfo=UTC)
+CREATED = PollCreated(poll=PollSpec(options=[PollOption(option_id="yes"), PollOption(option_id="no")]))
+
+
+def event(version: int, **change: PollCreated | PollOpened | PollClosed | VotesCast) -> Event:
+    moment = START + timedelta(seconds=version)
+    return Event(poll_id=POLL_ID, version=version, recorded_at=moment, **change)  # type: ignore[arg-type]
+
+
+def votes(*numbers: int) -> VotesCast:
+    return VotesCast(batch_id=1, voter_keys=random.randbytes(16 * len(numbers)), option_numbers=numbers)
+
+
+def life(*casts: VotesCast) -> list[Event]:
+    """A poll from its creation to its end."""
+    between = [event(version, votes_cast=cast) for version, cast in enumerate(casts, 3)]
+    end = event(len(casts) + 3, poll_closed=PollClosed())
+    return [event(1, poll_created=CREATED), event(2, poll_opened=PollOpened()), *between, end]
+
+
+def folded(events: list[Event]) -> Tally:
+    tally = advance(None, events).tally
+    assert tally is not None
+    return tally
+
+
+def test_a_poll_goes_through_its_life() -> None:
+    events = life(votes(0, 1, 1), votes(1))
+    tallies = [folded(events[:length]) for length in range(1, len(events) + 1)]
+    assert [tally.version for tally in tallies] == [1, 2, 3, 4, 5]
+    assert [tally.counts for tally in tallies] == [(0, 0), (0, 0), (1, 2), (1, 3), (1, 3)]
+    states = [POLL_STATE_DRAFT, POLL_STATE_OPEN, POLL_STATE_OPEN, POLL_STATE_OPEN, POLL_STATE_CLOSED]
+    assert [tally.state for tally in tallies] == states
+    assert tallies[-1].as_of.ToDatetime(UTC) == START + timedelta(seconds=5)
+    assert [option.option_id for option in tallies[-1].options] == ["yes", "no"]
+
+
+def test_folding_changes_nothing_that_was_there_before() -> None:
+    events = life(votes(0))
+    before = folded(events[:2])
+    after = fold(before, events[2])
+    assert (before.version, before.counts, after.counts) == (2, (0, 0), (1, 0))
+
+
+def test_duplicates_and_any_order_make_no_difference() -> None:
+    events = life(*(votes(*random.choices((0, 1), k=random.randrange(9))) for _ in range(30)))
+    expected = folded(events)
+    shuffled = events * 3
+    random.shuffle(shuffled)
+    result = advance(None, shuffled)
+    assert result.tally == expected
+    assert [applied.version for applied in result.applied] == [event.version for event in events]
+    assert (result.duplicates, result.beyond, result.error) == (2 * len(events), 0, None)
+
+
+def test_nothing_is_applied_after_a_gap() -> None:
+    events = life(votes(0), votes(1), votes(1))
+    result = advance(None, [*events[:3], *events[4:]])
+    assert result.tally == folded(events[:3])
+    assert result.beyond == events[-1].version
+    # What was missing comes, with everything after it again.
+    again = advance(result.tally, events[3:])
+    assert again.tally == folded(events)
+    assert again.beyond == 0
+
+
+def test_a_poll_without_its_beginning_waits_for_it() -> None:
+    result = advance(None, life(votes(0))[1:])
+    assert (result.tally, result.applied, result.beyond) == (None, [], 4)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        event(3),
+        event(3, poll_created=CREATED),
+        event(3, poll_opened=PollOpened()),
+        event(3, votes_cast=votes(2)),
+        event(3, votes_cast=VotesCast(voter_keys=bytes(32), option_numbers=[1])),
+        event(3, votes_cast=VotesCast(voter_keys=bytes(15), option_numbers=[1])),
+    ],
+    ids=["unknown", "created again", "opened again", "unknown option", "more voters than votes", "half a voter"],
+)
+def test_an_event_that_does_not_fit_stops_the_poll_there(bad: Event) -> None:
+    result = advance(None, [*life()[:2], bad, event(4, votes_cast=votes(1))])
+    assert result.tally == folded(life()[:2])
+    assert [applied.version for applied in result.applied] == [1, 2]
+    assert isinstance(result.error, Unfoldable)
+    assert "version 3" in str(result.error)
+
+
+def test_no_vote_counts_before_opening_or_after_closing() -> None:
+    draft, closed = folded(life()[:1]), folded(life(votes(0)))
+    for tally in (draft, closed):
+        with pytest.raises(Unfoldable):
+            fold(tally, event(tally.version + 1, votes_cast=votes(0)))
+
+
+def test_an_event_of_a_later_code_is_unknown_to_this_one() -> None:
+    # Field 99 is not in the schema of this code.
+    later = Event.FromString(event(3).SerializeToString() + b"\x9a\x06\x00")
+    with pytest.raises(Unfoldable, match="does not know"):
+        fold(folded(life()[:2]), later)
+
+
+def test_a_version_is_never_skipped_or_repeated() -> None:
+    tally = folded(life()[:2])
+    for version in (1, 2, 4):
+        with pytest.raises(Unfoldable):
+            fold(tally, event(version, votes_cast=votes(0)))
+    with pytest.raises(Unfoldable):
+        fold(None, event(2, poll_created=CREATED))
