@@ -17,14 +17,19 @@ Answer = TypeVar("Answer")
 # How long a reader waits that sets no deadline, and how long at most; seconds.
 _DEFAULT_PATIENCE = 5.0
 _LONGEST_PATIENCE = 30.0
-# What an answer needs to reach the caller before its deadline.
+# What an answer needs to reach the caller before its deadline: at least so many seconds, and this part of longer deadlines,
+# which gRPC rounds up on the wire.
 _MARGIN = 0.05
+_MARGIN_PART = 0.02
 
 
 def patience(context: grpc.aio.ServicerContext[Any, Any]) -> float:
     """How long this call may wait for a read model to catch up, in seconds."""
     remaining = context.time_remaining()
-    return _DEFAULT_PATIENCE if remaining is None else min(max(remaining - _MARGIN, 0.0), _LONGEST_PATIENCE)
+    if remaining is None:
+        return _DEFAULT_PATIENCE
+    margin = max(_MARGIN, _MARGIN_PART * remaining)
+    return min(max(remaining - margin, 0.0), _LONGEST_PATIENCE)
 
 
 def wanted(at_least_as_fresh: str, poll_ids: Container[UUID]) -> dict[UUID, int]:

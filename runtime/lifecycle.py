@@ -1,14 +1,19 @@
 """The life of a process: it runs until SIGTERM or SIGINT, then finishes what it accepted."""
 
+from __future__ import annotations
+
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 import uvloop
 
-from runtime.settings import Settings
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from runtime.settings import Settings
 
 log = structlog.get_logger()
 
