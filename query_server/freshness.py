@@ -17,8 +17,8 @@ Answer = TypeVar("Answer")
 # How long a reader waits that sets no deadline, and how long at most; seconds.
 _DEFAULT_PATIENCE = 5.0
 _LONGEST_PATIENCE = 30.0
-# What an answer needs to reach the caller before its deadline: at least so many seconds, and this part of longer deadlines,
-# which gRPC rounds up on the wire.
+# What an answer needs to reach the caller before its deadline: at least so many seconds, and this part of a longer
+# deadline, which gRPC rounds up on the wire.
 _MARGIN = 0.05
 _MARGIN_PART = 0.02
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -761,6 +762,8 @@ async def test_what_changes_while_redis_is_lost_arrives_when_it_is_back(network:
     for version in range(3, 6):
         await network.to_redis.cut()
         await models.publish(poll_id, version)
+        # Whoever asks now makes the server leave Redis alone for a while.
+        assert (await refused(get_results(network.stub, poll_id))).reason == "STORE_UNAVAILABLE"
         await network.to_redis.restore()
         assert (await watch.next()).version == version
 
@@ -797,6 +800,12 @@ async def test_cancelled_watchers_leave_nothing_behind(server: QueryServiceAsync
     poll_ids = [await models.poll() for _ in range(10)]
     await until(lambda: is_free(models))
     before = len(asyncio.all_tasks())
+    chance = random.Random(3)
+    for poll_id in poll_ids * 20:
+        watch = Watch(server, poll_id)
+        await asyncio.sleep(chance.random() * 0.004)
+        watch.call.cancel()
+    await until(lambda: is_free(models))
     for _ in range(5):
         watches = [Watch(server, poll_ids[number % 10], poll_ids[(number + 1) % 10]) for number in range(200)]
         # Some are cancelled before their first answer, some after it.
