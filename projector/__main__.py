@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 
-import structlog
 from pydantic import Field
 
 from projector.live import Live
@@ -41,9 +40,13 @@ class ViewsSettings(ProjectorSettings):
 async def main(stop: asyncio.Event) -> None:
     match sys.argv[1:] or [os.environ.get(f"{PREFIX}READ_MODEL", "")]:
         case ["live"]:
-            await live(LiveSettings.from_environment(), stop)
+            live_settings = LiveSettings.from_environment()
+            telemetry.start("projector live", live_settings)
+            await live(live_settings, stop)
         case ["views"]:
-            await views(ViewsSettings.from_environment(), stop)
+            views_settings = ViewsSettings.from_environment()
+            telemetry.start("projector views", views_settings)
+            await views(views_settings, stop)
         case _:
             sys.exit(f"usage: python -m projector live|views, or set {PREFIX}READ_MODEL")
 
@@ -64,8 +67,6 @@ async def _project(
     settings: ProjectorSettings,
     stop: asyncio.Event,
 ) -> None:
-    telemetry.start("projector", settings)
-    structlog.contextvars.bind_contextvars(read_model=kind.name)
     announced = False
 
     def ready() -> None:

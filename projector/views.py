@@ -37,9 +37,10 @@ _SESSION = {
 # COPY's binary format: a header, rows of fields that each begin with their length, and an end.
 _COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 _COPY_END = b"\xff\xff"
-_VOTE_COLUMNS = ["version", "recorded_at", "poll_no", "voter_key"]
-# A row up to its voter key, which is different in each row of an event.
-_VOTE = Struct(">h iq iq ii i")
+_VOTE_COLUMNS = ["voter_key", "version", "recorded_at", "poll_no"]
+# A row is the same up to its voter key, and the same after it as all others of its event.
+_VOTE_HEAD = Struct(">hi").pack(len(_VOTE_COLUMNS), KEY_BYTES)
+_VOTE_TAIL = Struct(">iq iq ii")
 _KEY = Struct(f"{KEY_BYTES}s")
 # Postgres counts time from 2000.
 _EPOCH_SECONDS = 946_684_800
@@ -78,10 +79,14 @@ class Views:
             poll_nos = await self._store_polls(changes)
             if len(poll_nos) != len(changes):
                 raise Displaced("a poll is not at the version that this process left it at")
-            rows = [_votes(poll_nos[change.poll_id], event) for change in changes for event in change.events]
-            if any(rows):
+            rows = [
+                row for change in changes for event in change.events for row in _votes(poll_nos[change.poll_id], event)
+            ]
+            if rows:
+                # In the order of their key, as the index has them: that halves what an insertion costs the server.
+                rows.sort()
                 await self._connection.copy_to_table(
-                    "votes", source=_chunks(rows), columns=_VOTE_COLUMNS, format="binary", timeout=_SECONDS
+                    "votes", source=_copied(rows), columns=_VOTE_COLUMNS, format="binary", timeout=_SECONDS
                 )
             if old is None:
                 moved = await self._connection.execute(sql.begin, *new)
@@ -138,20 +143,16 @@ def _updated(change: Change) -> tuple[object, ...]:
     )
 
 
-def _votes(poll_no: int, event: Event) -> bytes:
-    """The rows of an event's votes, as COPY takes them."""
-    keys = event.votes_cast.voter_keys
-    if not keys:
-        return b""
+def _votes(poll_no: int, event: Event) -> list[bytes]:
+    """The rows of an event's votes, as COPY takes them, each without its head."""
     moment = (event.recorded_at.seconds - _EPOCH_SECONDS) * 1_000_000 + event.recorded_at.nanos // 1000
-    head = _VOTE.pack(len(_VOTE_COLUMNS), 8, event.version, 8, moment, 4, poll_no, KEY_BYTES)
-    return head + head.join([key for (key,) in _KEY.iter_unpack(keys)])
+    tail = _VOTE_TAIL.pack(8, event.version, 8, moment, 4, poll_no)
+    return [key + tail for (key,) in _KEY.iter_unpack(event.votes_cast.voter_keys)]
 
 
-async def _chunks(rows: Sequence[bytes]) -> AsyncIterator[bytes]:
+async def _copied(rows: Sequence[bytes]) -> AsyncIterator[bytes]:
     yield _COPY_HEADER
-    for row in rows:
-        yield row
+    yield _VOTE_HEAD + _VOTE_HEAD.join(rows)
     yield _COPY_END
 
 

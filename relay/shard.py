@@ -137,5 +137,8 @@ class Shard:
 def _reasons(failures: BaseExceptionGroup[BaseException]) -> list[str]:
     reasons: list[str] = []
     for failure in failures.exceptions:
-        reasons += _reasons(failure) if isinstance(failure, BaseExceptionGroup) else [repr(failure)]
+        if isinstance(failure, BaseExceptionGroup):
+            reasons += _reasons(failure)
+        else:
+            reasons.append(f"{type(failure).__name__}: {failure}")
     return reasons

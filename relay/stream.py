@@ -96,7 +96,9 @@ class Stream:
         if consumer.num_pending:
             subscription = await self._jetstream.pull_subscribe_bind(consumer.name, STREAM)
             for message in await subscription.fetch(consumer.num_pending, timeout=_SECONDS):
-                found[subjects[message.subject]] = int((message.headers or {})[VERSION_HEADER])
+                version = (message.headers or {}).get(VERSION_HEADER, "")
+                # Someone else's message is as good as none.
+                found[subjects[message.subject]] = int(version) if version.isdecimal() else 0
             await subscription.unsubscribe()
         await self._jetstream.delete_consumer(STREAM, consumer.name)
         return found

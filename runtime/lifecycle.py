@@ -47,7 +47,8 @@ class Backoff:
         self.failures = 0
 
     async def wait(self) -> None:
-        pause = min(self._first * 2**self.failures, self._longest)
+        # Bounded before it grows: an int of more than 1,024 bits is no float.
+        pause = min(self._first * 2 ** min(self.failures, 30), self._longest)
         self.failures += 1
         await asyncio.sleep(pause)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 import signal
 import sys
 import time
@@ -29,7 +28,7 @@ from tally.query.v1.query_service_pb2_grpc import QueryServiceStub
 from contracts.freshness import token
 from contracts.live import live_key
 from contracts.voters import VoterKeys
-from query_server import service, watchers
+from query_server import freshness, service, watchers
 from query_server.__main__ import QuerySettings
 from query_server.__main__ import serve as serve_queries
 from runtime.embedded import Stores
@@ -501,17 +500,19 @@ async def test_a_fresh_read_waits_for_a_poll_that_is_not_there_yet(
 
 
 async def test_past_the_deadline_the_caller_learns_how_far_behind(
-    server: QueryServiceAsyncStub, models: ReadModels
+    server: QueryServiceAsyncStub, models: ReadModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Room for a machine that is busy with other things.
+    monkeypatch.setattr(freshness, "_MARGIN", 0.8)
     poll_id = await models.poll(version=2)
     await models.publish(poll_id, 3)
     fresh = token(poll_id, 9)
     name = str(poll_id)
-    watch = server.WatchResults(pb.WatchResultsRequest(poll_ids=[name], at_least_as_fresh=fresh), timeout=0.4)
+    watch = server.WatchResults(pb.WatchResultsRequest(poll_ids=[name], at_least_as_fresh=fresh), timeout=1.2)
     refusals = await asyncio.gather(
-        refused(server.GetPoll(pb.GetPollRequest(poll_id=name, at_least_as_fresh=fresh), timeout=0.4)),
-        refused(server.GetVote(pb.GetVoteRequest(poll_id=name, voter_id="a", at_least_as_fresh=fresh), timeout=0.4)),
-        refused(server.GetResults(pb.GetResultsRequest(poll_id=name, at_least_as_fresh=fresh), timeout=0.4)),
+        refused(server.GetPoll(pb.GetPollRequest(poll_id=name, at_least_as_fresh=fresh), timeout=1.2)),
+        refused(server.GetVote(pb.GetVoteRequest(poll_id=name, voter_id="a", at_least_as_fresh=fresh), timeout=1.2)),
+        refused(server.GetResults(pb.GetResultsRequest(poll_id=name, at_least_as_fresh=fresh), timeout=1.2)),
         refused(watch.read()),
     )
     for refusal, missing in zip(refusals, (7, 7, 6, 6), strict=True):
@@ -800,12 +801,6 @@ async def test_cancelled_watchers_leave_nothing_behind(server: QueryServiceAsync
     poll_ids = [await models.poll() for _ in range(10)]
     await until(lambda: is_free(models))
     before = len(asyncio.all_tasks())
-    chance = random.Random(3)
-    for poll_id in poll_ids * 20:
-        watch = Watch(server, poll_id)
-        await asyncio.sleep(chance.random() * 0.004)
-        watch.call.cancel()
-    await until(lambda: is_free(models))
     for _ in range(5):
         watches = [Watch(server, poll_ids[number % 10], poll_ids[(number + 1) % 10]) for number in range(200)]
         # Some are cancelled before their first answer, some after it.
@@ -815,6 +810,23 @@ async def test_cancelled_watchers_leave_nothing_behind(server: QueryServiceAsync
             watch.call.cancel()
     await until(lambda: is_free(models))
     await until(lambda: len(asyncio.all_tasks()) <= before)
+
+
+async def test_a_subscription_that_nobody_waits_for_any_more_is_ended(network: Network, models: ReadModels) -> None:
+    poll_id = await models.poll()
+    network.to_redis.silence()
+    watch = Watch(network.stub, poll_id)
+    await until(lambda: REGISTRY.get_sample_value("tally_query_topics") == 1)
+    watch.call.cancel()
+    await until(lambda: REGISTRY.get_sample_value("tally_query_topics") == 0)
+    await network.to_redis.restore()
+    # The command was on its way, and takes effect now.
+    assert (await Watch(network.stub, await models.poll()).next()).version == 1
+    await until(lambda: is_unsubscribed(models, poll_id))
+
+
+async def is_unsubscribed(models: ReadModels, poll_id: UUID) -> bool:
+    return not await is_subscribed(models, poll_id)
 
 
 async def test_too_many_watchers_are_refused(
