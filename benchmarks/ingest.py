@@ -52,7 +52,7 @@ async def cast(address: str, poll_id: str, votes: int, *, batch: int = 5000, str
 async def copy(dsn: str, votes: int) -> float:
     """Rows per second of one COPY on one connection, into a new table with the columns and the key of `votes`."""
     random = Random(votes)
-    rows = ballots.copy_rows(1, 1, [os.urandom(16) + ballots.marking(random.randrange(2)) for _ in range(votes)])
+    rows = ballots.copy_rows(1, 1, [os.urandom(16) + ballots.marking([random.randrange(2)]) for _ in range(votes)])
     connection = await asyncpg.connect(dsn)
     try:
         await connection.execute("DROP TABLE IF EXISTS copied; CREATE TABLE copied (LIKE votes INCLUDING ALL)")

@@ -8,8 +8,10 @@ from tally.command.v1 import command_service_pb2
 from tally.command.v1.command_service_pb2_grpc import add_CommandServiceServicer_to_server
 
 from command_server.ballot_box import COMMITTERS, BallotBox
+from command_server.caretaker import Caretaker
 from command_server.poll_log import PollLog
 from command_server.polls import Polls
+from command_server.roll import Roll
 from command_server.service import CommandService
 from contracts.refusals import status_of
 from contracts.voters import VoterKeys
@@ -40,13 +42,15 @@ async def serve(settings: CommandSettings, stop: asyncio.Event, ready: Callable[
     pool = await postgres.connect_pool(settings.write_dsn, size=COMMITTERS + 5, application="command_server")
     polls = Polls(pool)
     box = BallotBox(pool, polls)
-    service = CommandService(PollLog(pool), polls, box, VoterKeys(settings.voter_secret))
+    service = CommandService(PollLog(pool), Roll(pool), polls, box, VoterKeys(settings.voter_secret))
 
     server = serving.new_server()
     serving.add_service(server, add_CommandServiceServicer_to_server, service, status_of)
     async with asyncio.TaskGroup() as tasks:
         committing = tasks.create_task(box.run())
+        caring = tasks.create_task(Caretaker(settings.write_dsn, pool).run())
         await serving.serve(server, settings.command_listen, [SERVICE], stop, ready)
+        caring.cancel()
         await box.drain()
         committing.cancel()
     pool.terminate()

@@ -7,7 +7,7 @@ locked, to check that it is open and to take the next version for the event.
 
 import asyncio
 import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from datetime import datetime
 from itertools import chain
@@ -16,12 +16,13 @@ from typing import NamedTuple
 import asyncpg
 import structlog
 from asyncpg.pgproto.pgproto import UUID as KeyUUID  # noqa: N811
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter as Count
+from prometheus_client import Gauge, Histogram
 from tally.event.v1.event_pb2 import Event
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 
 from command_server import ballots
-from command_server.poll import already_voted, not_open
+from command_server.poll import CLOSED, OPEN, already_voted, not_eligible, not_open
 from command_server.polls import Poll, Polls
 from contracts.refusals import Refusal
 from runtime.failpoints import failpoint
@@ -35,18 +36,24 @@ sql = queries(__package__)
 COMMITTERS = 3
 # The most ballots of one commit.
 BATCH_BALLOTS = 20_000
+# Up to so many ballots go in one round trip instead of four, by a function of the database.
+SMALL_BATCH = 200
 # The most ballots that wait: about 100 bytes each.
 CAPACITY = 200_000
 # One attempt to commit, and all attempts together, in seconds.
 ATTEMPT_SECONDS = 10.0
 PATIENCE_SECONDS = 15.0
 
-_votes = Counter("tally_votes_recorded", "Votes made durable.")
+_votes = Count("tally_votes_recorded", "Votes made durable.")
 _batch_votes = Histogram("tally_commit_votes", "Votes in one commit.", buckets=[4**power for power in range(9)])
 _commit_seconds = Histogram("tally_commit_seconds", "Time of one commit, with its retries.")
 _waiting = Gauge("tally_votes_waiting", "Votes in the queue.")
-_failures = Counter("tally_commit_failures", "Attempts to commit that failed.")
-_duplicates = Counter("tally_commit_duplicates", "Batches that held a voter who had voted before.")
+_failures = Count("tally_commit_failures", "Attempts to commit that failed.")
+_duplicates = Count("tally_commit_duplicates", "Batches that held a voter who had voted before.")
+
+
+# SQLSTATE of log_votes where the poll takes no votes.
+_NOT_OPEN = "TA001"
 
 
 class Recorded(NamedTuple):
@@ -61,10 +68,22 @@ Verdict = Recorded | Refusal
 
 
 class Verdicts(NamedTuple):
-    """What became of the ballots of one submission: `recorded` of all but those in `others`, by index."""
+    """What became of some ballots: `recorded` of all but those in `others`, by index."""
 
     recorded: Recorded | None
     others: Mapping[int, Verdict]
+
+    def part(self, start: int, length: int) -> "Verdicts":
+        """What became of the ballots from `start` on."""
+        if not self.others:
+            return self
+        return Verdicts(self.recorded, {i: self.others[start + i] for i in range(length) if start + i in self.others})
+
+    def of(self, index: int) -> Verdict:
+        """What became of one ballot."""
+        verdict = self.others.get(index, self.recorded)
+        assert verdict is not None, "a ballot without a verdict"
+        return verdict
 
 
 class _Submission(NamedTuple):
@@ -96,7 +115,7 @@ class BallotBox:
     def __init__(self, pool: asyncpg.Pool, polls: Polls) -> None:
         self._pool = pool
         self._polls = polls
-        # Polls with waiting ballots, each once, in the order in which they are served.
+        # By poll_no. Each is either in `_ready`, once, or being committed by somebody who will put it back.
         self._queues: dict[int, _Queue] = {}
         self._ready: asyncio.Queue[_Queue] = asyncio.Queue()
         self._ballots = 0
@@ -117,8 +136,7 @@ class BallotBox:
         """Records one ballot. Raises OVERLOADED where the queue is full."""
         if self._ballots >= CAPACITY:
             raise Refusal(ErrorReason.ERROR_REASON_OVERLOADED, "too many votes wait to be recorded; try again")
-        verdicts = await self._submit(poll, [ballot])
-        return verdicts.others.get(0) or _present(verdicts.recorded)
+        return (await self._submit(poll, [ballot])).of(0)
 
     async def cast_all(self, poll: Poll, batch: Sequence[bytes]) -> "asyncio.Future[Verdicts]":
         """Waits for room, accepts the ballots, and returns the future that says what became of them."""
@@ -132,7 +150,6 @@ class BallotBox:
         queue = self._queues.get(poll.poll_no)
         if queue is None:
             queue = self._queues[poll.poll_no] = _Queue(poll)
-        if not queue.submissions:
             self._ready.put_nowait(queue)
         queue.submissions.append(_Submission(batch, verdicts))
         self._ballots += len(batch)
@@ -142,24 +159,35 @@ class BallotBox:
         while True:
             queue = await self._ready.get()
             submissions = queue.take()
-            # What is left may be committed by others at the same time: batches of one poll overlap.
-            if queue.submissions:
-                self._ready.put_nowait(queue)
-            else:
-                del self._queues[queue.poll.poll_no]
             _waiting.set(self._ballots)
+            # What is left may be committed by others at the same time: batches of one poll overlap. Not where a voter's
+            # later vote replaces an earlier one: there they stay in the order in which they came.
+            overlap = not queue.poll.spec.allow_vote_change
+            if overlap:
+                self._put_back(queue)
             try:
                 with _commit_seconds.time():
                     await self._commit(queue.poll, submissions)
             finally:
+                if not overlap:
+                    self._put_back(queue)
                 async with self._room:
                     self._ballots -= sum(len(submission.ballots) for submission in submissions)
                     self._room.notify_all()
 
+    def _put_back(self, queue: _Queue) -> None:
+        if queue.submissions:
+            self._ready.put_nowait(queue)
+        else:
+            del self._queues[queue.poll.poll_no]
+
     async def _commit(self, poll: Poll, submissions: Sequence[_Submission]) -> None:
         try:
             batch = list(chain.from_iterable(submission.ballots for submission in submissions))
-            outcome = await self._record(poll, secrets.randbits(63), batch)
+            if poll.spec.allow_vote_change:
+                verdicts = await self._record_in_turn(poll, batch)
+            else:
+                verdicts = await self._record(poll, batch)
         except Exception as error:
             if not isinstance(error, UNAVAILABLE):
                 log.error("defect", exc_info=error)
@@ -167,20 +195,41 @@ class BallotBox:
                 if not submission.verdicts.done():
                     submission.verdicts.set_exception(error)
             return
+        start = 0
         for submission in submissions:
             # A caller that went away has cancelled its future; its votes count all the same.
             if not submission.verdicts.done():
-                submission.verdicts.set_result(outcome.verdicts(submission.ballots))
+                submission.verdicts.set_result(verdicts.part(start, len(submission.ballots)))
+            start += len(submission.ballots)
 
-    async def _record(self, poll: Poll, batch_id: int, batch: Sequence[bytes]) -> "_Outcome":
+    async def _record_in_turn(self, poll: Poll, batch: Sequence[bytes]) -> Verdicts:
+        """A batch in which a voter may vote several times: each of these votes gets a commit, so the log keeps it."""
+        turns: list[list[int]] = []
+        votes = Counter[bytes]()
+        for index, ballot in enumerate(batch):
+            key = ballots.voter_key(ballot)
+            if votes[key] == len(turns):
+                turns.append([])
+            turns[votes[key]].append(index)
+            votes[key] += 1
+        others: dict[int, Verdict] = {}
+        for turn in turns:
+            verdicts = await self._record(poll, [batch[index] for index in turn])
+            others.update((index, verdicts.of(place)) for place, index in enumerate(turn))
+        return Verdicts(None, others)
+
+    async def _record(self, poll: Poll, batch: Sequence[bytes]) -> Verdicts:
         """Tries until the batch is durable or patience ends. Whether a failed attempt took effect is unknown; the next
         one finds out, because its rows would carry this batch_id."""
-        backoff = Backoff()
-        all_new = True
+        batch_id = secrets.randbits(63)
+        backoff = Backoff(longest=0.5)
+        all_new = not poll.has_roll
         async with asyncio.timeout(PATIENCE_SECONDS):
             while True:
                 try:
                     async with asyncio.timeout(ATTEMPT_SECONDS), self._pool.acquire() as connection:
+                        if poll.state != OPEN:
+                            return await self._record_none(connection, poll, batch_id, batch)
                         if all_new:
                             return await self._record_new(connection, poll, batch_id, batch)
                         return await self._record_some(connection, poll, batch_id, batch)
@@ -193,14 +242,22 @@ class BallotBox:
                     _failures.inc()
                     log.warning("commit failed", error=repr(error), votes=len(batch), failures=backoff.failures + 1)
                     await backoff.wait()
+                except asyncpg.PostgresError as error:
+                    if error.sqlstate != _NOT_OPEN:
+                        raise
+                    self._polls.forget(poll)
+                    poll = poll._replace(state=CLOSED)
 
     async def _record_new(
         self, connection: asyncpg.Connection, poll: Poll, batch_id: int, batch: Sequence[bytes]
-    ) -> "_Outcome":
+    ) -> Verdicts:
         """The way of nearly every batch: no voter of it has voted. Fails with UniqueViolationError where one has."""
         batch = sorted(batch)
         payload = Event(votes_cast=ballots.votes_cast(batch_id, batch)).SerializeToString()
-        try:
+        if len(batch) <= SMALL_BATCH:
+            keys, choices = [KeyUUID(ballot[:16]) for ballot in batch], [ballots.choices(ballot) for ballot in batch]
+            row = await connection.fetchrow(sql.record_votes, batch_id, poll.poll_no, keys, choices, payload)
+        else:
             async with connection.transaction():
                 await connection.copy_to_table(
                     "votes",
@@ -208,128 +265,100 @@ class BallotBox:
                     columns=ballots.COPY_COLUMNS,
                     format="binary",
                 )
-                recorded = await self._log(connection, poll, batch_id, payload)
-        except _NotOpenError:
-            return await self._record_none(connection, poll, batch)
+                row = await connection.fetchrow(sql.log_votes, poll.poll_no, batch_id, payload)
+                failpoint("command.before_commit")
         failpoint("command.after_commit")
         _count(len(batch))
-        return _AllNew(recorded)
+        return Verdicts(Recorded(row["version"], row["recorded_at"], already=False), {})
 
     async def _record_some(
         self, connection: asyncpg.Connection, poll: Poll, batch_id: int, batch: Sequence[bytes]
-    ) -> "_Outcome":
-        """The way of a batch with voters who have voted before, or twice in the batch: their first vote stands."""
+    ) -> Verdicts:
+        """The way of a batch with voters who have voted before, or twice in the batch, or have to be on the roll."""
         first = {ballots.voter_key(ballot): ballot for ballot in reversed(batch)}
-        candidates = sorted(first.values())
-        inserted: list[bytes] = []
+        weights = await self._weights(connection, poll, first) if poll.has_roll else None
+        candidates = sorted(first.values() if weights is None else [first[key] for key in weights])
+        statement = sql.replace_votes if poll.spec.allow_vote_change else sql.insert_votes
         recorded: Recorded | None = None
-        try:
-            async with connection.transaction():
-                rows = await connection.fetch(
-                    sql.insert_new_votes,
-                    batch_id,
-                    poll.poll_no,
-                    [KeyUUID(ballots.voter_key(ballot)) for ballot in candidates],
-                    [ballots.option_no(ballot) for ballot in candidates],
-                )
-                inserted = sorted(first[row["voter_key"].bytes] for row in rows)
-                if inserted:
-                    payload = Event(votes_cast=ballots.votes_cast(batch_id, inserted)).SerializeToString()
-                    recorded = await self._log(connection, poll, batch_id, payload)
-        except _NotOpenError:
-            return await self._record_none(connection, poll, batch)
+        async with connection.transaction():
+            rows = await connection.fetch(
+                statement,
+                batch_id,
+                poll.poll_no,
+                [KeyUUID(ballots.voter_key(ballot)) for ballot in candidates],
+                [ballots.choices(ballot) for ballot in candidates],
+            )
+            written = {row["voter_key"].bytes: row["replaced"] for row in rows}
+            if written:
+                replaced = {key: choices for key, choices in written.items() if choices is not None}
+                votes = ballots.votes_cast(batch_id, sorted(first[key] for key in written), weights, replaced)
+                payload = Event(votes_cast=votes).SerializeToString()
+                row = await connection.fetchrow(sql.log_votes, poll.poll_no, batch_id, payload)
+                recorded = Recorded(row["version"], row["recorded_at"], already=False)
+                failpoint("command.before_commit")
         failpoint("command.after_commit")
-        _count(len(inserted))
-        new = {ballots.voter_key(ballot) for ballot in inserted}
-        standing = await self._find(connection, poll, batch_id, [key for key in first if key not in new])
+        _count(len(written))
+        standing = await self._standing(connection, poll, batch_id, [key for key in first if key not in written])
         if recorded is not None:
-            standing.update((key, _Standing(ballots.option_no(first[key]), recorded)) for key in new)
-        # Every voter of the batch has a vote now.
-        return _Mixed(standing, otherwise=already_voted())
+            standing.update((key, _Standing(ballots.choices(first[key]), recorded)) for key in written)
+        return _judge(batch, standing, not_eligible())
 
-    async def _record_none(self, connection: asyncpg.Connection, poll: Poll, batch: Sequence[bytes]) -> "_Outcome":
+    async def _record_none(
+        self, connection: asyncpg.Connection, poll: Poll, batch_id: int, batch: Sequence[bytes]
+    ) -> Verdicts:
         """The way of a batch for a poll that is not open: only repeats of recorded votes are not refused."""
-        self._polls.forget(poll)
         state = await connection.fetchval(sql.poll_state, poll.poll_no)
-        standing = await self._find(connection, poll, None, {ballots.voter_key(ballot) for ballot in batch})
-        return _Mixed(standing, otherwise=not_open(state))
+        standing = await self._standing(connection, poll, batch_id, {ballots.voter_key(ballot) for ballot in batch})
+        return _judge(batch, standing, not_open(CLOSED if state == OPEN else state))
 
-    async def _log(self, connection: asyncpg.Connection, poll: Poll, batch_id: int, payload: bytes) -> Recorded:
-        row = await connection.fetchrow(sql.log_votes, poll.poll_no, batch_id, payload)
-        if row is None:
-            raise _NotOpenError
-        failpoint("command.before_commit")
-        return Recorded(row["version"], row["recorded_at"], already=False)
+    async def _weights(self, connection: asyncpg.Connection, poll: Poll, keys: Collection[bytes]) -> dict[bytes, int]:
+        """The weights of those voters who are on the roll. They stay: nobody is ever taken off a roll."""
+        rows = await connection.fetch(sql.find_weights, poll.poll_no, [KeyUUID(key) for key in keys])
+        return {row["voter_key"].bytes: row["weight"] for row in rows}
 
-    async def _find(
-        self, connection: asyncpg.Connection, poll: Poll, batch_id: int | None, keys: Collection[bytes]
+    async def _standing(
+        self, connection: asyncpg.Connection, poll: Poll, batch_id: int, keys: Collection[bytes]
     ) -> "dict[bytes, _Standing]":
         """The recorded votes of these voters; those that carry `batch_id` are not `already` recorded."""
         rows = await connection.fetch(sql.find_votes, poll.poll_no, [KeyUUID(key) for key in keys])
         return {
             row["voter_key"].bytes: _Standing(
-                row["option_no"], Recorded(row["version"], row["recorded_at"], already=row["batch_id"] != batch_id)
+                row["choices"], Recorded(row["version"], row["recorded_at"], already=row["batch_id"] != batch_id)
             )
             for row in rows
         }
 
 
-class _NotOpenError(Exception):
-    """Rolls back a batch whose poll takes no votes."""
-
-
 class _Standing(NamedTuple):
     """The vote of a voter that counts."""
 
-    option_no: int
+    choices: bytes
     recorded: Recorded
 
 
-class _AllNew(NamedTuple):
-    """Every ballot of the batch is recorded by one event."""
-
-    recorded: Recorded
-
-    def verdicts(self, _: Sequence[bytes]) -> Verdicts:
-        return Verdicts(self.recorded, {})
-
-
-class _Mixed:
-    """Each ballot of the batch is judged by the vote that stands for its voter."""
-
-    def __init__(self, standing: dict[bytes, _Standing], otherwise: Refusal) -> None:
-        self._standing = standing
-        # The answer to a ballot whose voter's vote is another one, or none.
-        self._otherwise = otherwise
-
-    def verdicts(self, batch: Sequence[bytes]) -> Verdicts:
-        others: dict[int, Verdict] = {}
-        recorded: Recorded | None = None
-        for index, ballot in enumerate(batch):
-            key = ballots.voter_key(ballot)
-            standing = self._standing.get(key)
-            if standing is None or standing.option_no != ballots.option_no(ballot):
-                others[index] = self._otherwise if standing is None else already_voted()
-            elif standing.recorded.already:
-                others[index] = standing.recorded
-            else:
-                recorded = standing.recorded
-                # A further ballot of this voter in the batch repeats this one.
-                self._standing[key] = standing._replace(recorded=recorded._replace(already=True))
-        return Verdicts(recorded, others)
-
-
-_Outcome = _AllNew | _Mixed
+def _judge(batch: Sequence[bytes], standing: "dict[bytes, _Standing]", without: Refusal) -> Verdicts:
+    """Judges each ballot by the vote that stands for its voter; `without` is the answer where there is none."""
+    others: dict[int, Verdict] = {}
+    recorded: Recorded | None = None
+    for index, ballot in enumerate(batch):
+        key = ballots.voter_key(ballot)
+        vote = standing.get(key)
+        if vote is None:
+            others[index] = without
+        elif vote.choices != ballots.choices(ballot):
+            others[index] = already_voted()
+        elif vote.recorded.already:
+            others[index] = vote.recorded
+        else:
+            recorded = vote.recorded
+            # A further ballot of this voter in the batch repeats this one.
+            standing[key] = vote._replace(recorded=recorded._replace(already=True))
+    return Verdicts(recorded, others)
 
 
 def _count(votes: int) -> None:
     _votes.inc(votes)
     _batch_votes.observe(votes)
-
-
-def _present(recorded: Recorded | None) -> Recorded:
-    assert recorded is not None, "a ballot without a verdict"
-    return recorded
 
 
 async def _chunks(data: bytes) -> AsyncIterator[bytes]:

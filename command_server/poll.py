@@ -1,80 +1,200 @@
 """What may happen to a poll: pure functions over plain data."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import NamedTuple
 
-from tally.event.v1.event_pb2 import Event, PollClosed, PollCreated, PollOpened
+from google.protobuf.field_mask_pb2 import FieldMask
+from tally.event.v1.event_pb2 import (
+    CertificationFailed,
+    CertificationRequested,
+    Event,
+    PollCancelled,
+    PollCertified,
+    PollClosed,
+    PollCreated,
+    PollOpened,
+    PollUpdated,
+    Recount,
+    VotersRegistered,
+)
 from tally.poll.v1.error_reason_pb2 import ErrorReason
-from tally.poll.v1.poll_pb2 import PollSpec
+from tally.poll.v1.poll_pb2 import ELIGIBILITY_ROLL, VOTING_METHOD_SINGLE_CHOICE, PollSpec
 
-from contracts.refusals import Refusal
+from contracts.refusals import Refusal, invalid_request
 
-DRAFT, OPEN, CLOSED = "DRAFT", "OPEN", "CLOSED"
+DRAFT, OPEN, CLOSED, CERTIFIED, CANCELLED = "DRAFT", "OPEN", "CLOSED", "CERTIFIED", "CANCELLED"
 
 MAX_VOTER_ID_CHARACTERS = 256
 
 
+class Poll(NamedTuple):
+    """A poll as a decision needs it: `now` is the write database's clock, under the poll's lock."""
+
+    state: str
+    spec: PollSpec
+    now: datetime
+
+
 class Change(NamedTuple):
-    """What a command does to a poll: the state it leaves the poll in, and the event that tells it."""
+    """What a command does to a poll: the state that it leaves, the event that tells it, and what the poll is then."""
 
     state: str
     event: Event
+    spec: PollSpec
 
 
-Decision = Callable[[str], Change]
-"""Decides, from a poll's state, what a command does to it; raises Refusal where it may not."""
+Decision = Callable[[Poll], Change]
+"""Decides what a command does to a poll; raises Refusal where it may not."""
 
 
 def create_poll(spec: PollSpec) -> Change:
     """The first event of a new poll."""
-    return Change(DRAFT, Event(poll_created=PollCreated(poll=spec)))
+    return Change(DRAFT, Event(poll_created=PollCreated(poll=spec)), spec)
 
 
-def open_poll(state: str) -> Change:
+def update_poll(changes: PollSpec, mask: FieldMask) -> Decision:
+    """A draft becomes another one. The caller checks what results by the rules of a new poll."""
+    unknown = [path for path in mask.paths if path not in PollSpec.DESCRIPTOR.fields_by_name]
+    if unknown:
+        raise invalid_request({"update_mask": f"PollSpec has no field {', '.join(unknown)}"})
+
+    def decide(poll: Poll) -> Change:
+        if poll.state != DRAFT:
+            raise _not_draft(poll, "changed")
+        spec = PollSpec()
+        spec.CopyFrom(poll.spec)
+        names = mask.paths or [field.name for field, _ in changes.ListFields()]
+        _clear(spec, names)
+        wanted = PollSpec()
+        wanted.CopyFrom(changes)
+        _clear(wanted, set(PollSpec.DESCRIPTOR.fields_by_name) - set(names))
+        spec.MergeFrom(wanted)
+        return Change(DRAFT, Event(poll_updated=PollUpdated(poll=spec)), spec)
+
+    return decide
+
+
+def open_poll(poll: Poll) -> Change:
     """A draft starts to take votes."""
-    if state != DRAFT:
-        raise Refusal(ErrorReason.ERROR_REASON_POLL_NOT_DRAFT, f"the poll is {state}; only a DRAFT can be opened")
-    return Change(OPEN, Event(poll_opened=PollOpened()))
+    if poll.state != DRAFT:
+        raise _not_draft(poll, "opened")
+    if is_past_closing(poll):
+        raise Refusal(ErrorReason.ERROR_REASON_POLL_NOT_OPEN, "the poll's closes_at has passed; update it first")
+    return Change(OPEN, Event(poll_opened=PollOpened()), poll.spec)
 
 
-def close_poll(state: str) -> Change:
+def close_poll(poll: Poll) -> Change:
     """An open poll takes no more votes."""
-    if state != OPEN:
-        raise Refusal(ErrorReason.ERROR_REASON_POLL_NOT_OPEN, f"the poll is {state}; only an OPEN poll can be closed")
-    return Change(CLOSED, Event(poll_closed=PollClosed()))
+    if poll.state != OPEN:
+        raise not_open(poll.state, "only an OPEN poll can be closed")
+    return Change(CLOSED, Event(poll_closed=PollClosed()), poll.spec)
 
 
-def choose(option_numbers: Mapping[str, int], option_ids: Sequence[str]) -> int:
-    """The number of the option that a SINGLE_CHOICE vote marks."""
-    if len(option_ids) != 1:
-        if not option_ids:
-            raise Refusal(ErrorReason.ERROR_REASON_INVALID_REQUEST, "option_ids: must name one option")
-        raise Refusal(ErrorReason.ERROR_REASON_TOO_MANY_CHOICES, f"{len(option_ids)} options chosen where 1 is allowed")
-    number = option_numbers.get(option_ids[0])
-    if number is None:
-        raise Refusal(ErrorReason.ERROR_REASON_UNKNOWN_OPTION, f"the poll has no option {option_ids[0]!r}")
-    return number
+def cancel_poll(poll: Poll) -> Change:
+    """A poll that has not ended is given up."""
+    if poll.state not in (DRAFT, OPEN):
+        raise not_open(poll.state, "only a DRAFT or an OPEN poll can be cancelled")
+    return Change(CANCELLED, Event(poll_cancelled=PollCancelled()), poll.spec)
 
 
-def check_voter_id(voter_id: str) -> None:
-    """Refuses a voter id that the contract does not allow."""
-    if not 1 <= len(voter_id) <= MAX_VOTER_ID_CHARACTERS:
+def register_voters(voters: int, weight: int) -> Decision:
+    """The electoral roll grew by so many voters, with so much weight together."""
+
+    def decide(poll: Poll) -> Change:
+        if poll.spec.eligibility != ELIGIBILITY_ROLL:
+            raise invalid_request({"poll_id": "the poll has no electoral roll: its eligibility is OPEN"})
+        if poll.state not in (DRAFT, OPEN):
+            raise not_open(poll.state, "voters are registered while a poll is DRAFT or OPEN")
+        event = Event(voters_registered=VotersRegistered(voters=voters, weight=weight))
+        return Change(poll.state, event, poll.spec)
+
+    return decide
+
+
+def request_certification(poll: Poll) -> Change:
+    """A recount of a closed poll begins."""
+    if poll.state != CLOSED:
         raise Refusal(
-            ErrorReason.ERROR_REASON_INVALID_REQUEST,
-            f"voter_id: must have 1 to {MAX_VOTER_ID_CHARACTERS} characters, has {len(voter_id)}",
+            ErrorReason.ERROR_REASON_POLL_NOT_CLOSED, f"the poll is {poll.state}; only a CLOSED poll can be certified"
         )
+    return Change(CLOSED, Event(certification_requested=CertificationRequested()), poll.spec)
 
 
-def not_open(state: str) -> Refusal:
-    """The answer to a vote that comes too early or too late."""
-    return Refusal(ErrorReason.ERROR_REASON_POLL_NOT_OPEN, f"the poll is {state} and takes no votes")
+def certify(recount: Recount, log: Recount) -> Decision:
+    """A recount ended: the poll is certified if and only if the votes and the event log tell the same."""
+
+    def decide(poll: Poll) -> Change:
+        if poll.state != CLOSED:
+            raise Refusal(ErrorReason.ERROR_REASON_POLL_NOT_CLOSED, f"the poll is {poll.state}")
+        if recount == log:
+            return Change(CERTIFIED, Event(poll_certified=PollCertified(recount=recount)), poll.spec)
+        failed = CertificationFailed(recount=recount, log=log)
+        return Change(CLOSED, Event(certification_failed=failed), poll.spec)
+
+    return decide
+
+
+def is_past_opening(poll: Poll) -> bool:
+    """Whether it is time for the poll to open by itself, by the write database's clock."""
+    return poll.spec.HasField("opens_at") and poll.now >= poll.spec.opens_at.ToDatetime(UTC)
+
+
+def is_past_closing(poll: Poll) -> bool:
+    """Whether the poll's time has passed by the write database's clock."""
+    return poll.spec.HasField("closes_at") and poll.now >= poll.spec.closes_at.ToDatetime(UTC)
+
+
+def choose(spec: PollSpec, option_numbers: Mapping[str, int], option_ids: Sequence[str]) -> list[int]:
+    """The numbers of the options that a vote marks, ascending."""
+    if not option_ids:
+        raise Refusal(ErrorReason.ERROR_REASON_INVALID_REQUEST, "option_ids: must name at least one option")
+    allowed = 1 if spec.method == VOTING_METHOD_SINGLE_CHOICE else spec.max_choices or len(option_numbers)
+    if len(option_ids) > allowed:
+        raise Refusal(
+            ErrorReason.ERROR_REASON_TOO_MANY_CHOICES, f"{len(option_ids)} options chosen where {allowed} is the most"
+        )
+    unknown = [option_id for option_id in option_ids if option_id not in option_numbers]
+    if unknown:
+        raise Refusal(ErrorReason.ERROR_REASON_UNKNOWN_OPTION, f"the poll has no option {unknown[0]!r}")
+    numbers = sorted({option_numbers[option_id] for option_id in option_ids})
+    if len(numbers) < len(option_ids):
+        raise Refusal(ErrorReason.ERROR_REASON_INVALID_REQUEST, "option_ids: an option can be chosen only once")
+    return numbers
+
+
+def invalid_voter_id(voter_id: str) -> Refusal:
+    """The answer to a voter id that the contract does not allow."""
+    return Refusal(
+        ErrorReason.ERROR_REASON_INVALID_REQUEST,
+        f"voter_id: must have 1 to {MAX_VOTER_ID_CHARACTERS} characters, has {len(voter_id)}",
+    )
+
+
+def not_open(state: str, why: str = "it takes no votes") -> Refusal:
+    """The answer to what only an open poll allows."""
+    return Refusal(ErrorReason.ERROR_REASON_POLL_NOT_OPEN, f"the poll is {state}; {why}")
 
 
 def already_voted() -> Refusal:
     """The answer to a second, different vote."""
-    return Refusal(ErrorReason.ERROR_REASON_ALREADY_VOTED, "this voter chose another option before; that vote stands")
+    return Refusal(ErrorReason.ERROR_REASON_ALREADY_VOTED, "this voter chose otherwise before; that vote stands")
+
+
+def not_eligible() -> Refusal:
+    """The answer to a voter who is not on the roll."""
+    return Refusal(ErrorReason.ERROR_REASON_VOTER_NOT_ELIGIBLE, "this voter is not on the poll's electoral roll")
 
 
 def poll_not_found(poll_id: object) -> Refusal:
     """The answer to a command for a poll that does not exist."""
     return Refusal(ErrorReason.ERROR_REASON_POLL_NOT_FOUND, f"there is no poll {poll_id}")
+
+
+def _not_draft(poll: Poll, what: str) -> Refusal:
+    return Refusal(ErrorReason.ERROR_REASON_POLL_NOT_DRAFT, f"the poll is {poll.state}; only a DRAFT can be {what}")
+
+
+def _clear(spec: PollSpec, names: Iterable[str]) -> None:
+    for name in names:
+        spec.ClearField(name)  # type: ignore[arg-type]  # the names are those of its fields

@@ -2,26 +2,27 @@
 
 from asyncio import timeout
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import NamedTuple, TypeVar
 from uuid import UUID, uuid4
 
 import asyncpg
 from google.protobuf.message import Message
-from tally.command.v1.command_service_pb2 import ClosePollResponse, CreatePollResponse, OpenPollResponse
+from tally.command.v1.command_service_pb2 import CertifyPollResponse, CreatePollResponse
 from tally.poll.v1.poll_pb2 import PollSpec
 
-from command_server.poll import Decision, create_poll, poll_not_found
+from command_server.poll import Change, Decision, Poll, create_poll, poll_not_found, request_certification
 from contracts.freshness import token
 from contracts.refusals import invalid_request
 from runtime.postgres import queries
+from runtime.serving import violations
 
 sql = queries(__package__)
 
 COMMAND_SECONDS = 10.0
 
 ResponseT = TypeVar("ResponseT", bound=Message)
-ChangeResponseT = TypeVar("ChangeResponseT", OpenPollResponse, ClosePollResponse)
 
 
 class Request(NamedTuple):
@@ -47,29 +48,34 @@ class PollLog:
 
         async def insert(connection: asyncpg.Connection) -> CreatePollResponse:
             poll_id = uuid4()
-            state, event = create_poll(spec)
-            await connection.execute(
-                sql.insert_poll, poll_id, state, spec.SerializeToString(), event.SerializeToString()
-            )
+            await connection.execute(sql.insert_poll, poll_id, *_columns(create_poll(spec)))
             return CreatePollResponse(poll_id=str(poll_id), consistency_token=token(poll_id, 1))
 
         return await self._once(request, CreatePollResponse, insert)
 
     async def change(
-        self, request: Request, poll_id: UUID, decide: Decision, response_type: type[ChangeResponseT]
-    ) -> ChangeResponseT:
+        self, request: Request, poll_id: UUID, decide: Decision, response_type: type[ResponseT]
+    ) -> ResponseT:
         """Does to a poll what `decide` says. The response carries the consistency token."""
 
-        async def append(connection: asyncpg.Connection) -> ChangeResponseT:
-            # From here until the commit no batch of votes and no other command can change this poll.
-            row = await connection.fetchrow(sql.lock_poll, poll_id)
-            if row is None:
-                raise poll_not_found(poll_id)
-            state, event = decide(row["state"])
-            version = await connection.fetchval(sql.change_poll, row["poll_no"], state, event.SerializeToString())
+        async def command(connection: asyncpg.Connection) -> ResponseT:
+            locked = await lock(connection, poll_id)
+            version = await append(connection, locked, decide(locked.poll))
             return response_type(consistency_token=token(poll_id, version))
 
-        return await self._once(request, response_type, append)
+        return await self._once(request, response_type, command)
+
+    async def request_recount(self, request: Request, poll_id: UUID) -> CertifyPollResponse:
+        """Leaves the recount of a closed poll to the caretaker. While one is under way, no other is begun."""
+
+        async def command(connection: asyncpg.Connection) -> CertifyPollResponse:
+            locked = await lock(connection, poll_id)
+            change = request_certification(locked.poll)
+            begun = await connection.fetchval(sql.request_recount, locked.poll_no)
+            version = await append(connection, locked, change) if begun else locked.version
+            return CertifyPollResponse(consistency_token=token(poll_id, version))
+
+        return await self._once(request, CertifyPollResponse, command)
 
     async def _once(
         self,
@@ -92,3 +98,37 @@ class PollLog:
                 sql.remember_request, request.request_id, request.fingerprint, response.SerializeToString()
             )
             return response
+
+
+class Locked(NamedTuple):
+    """A poll that no batch of votes and no other command can change until the transaction ends."""
+
+    poll_no: int
+    version: int
+    poll: Poll
+
+
+async def lock(connection: asyncpg.Connection, poll_id: UUID) -> Locked:
+    """Waits for the poll's lock. The poll is read by a statement of its own: the first one's snapshot is older than the
+    end of its wait."""
+    poll_no = await connection.fetchval(sql.lock_poll, poll_id)
+    if poll_no is None:
+        raise poll_not_found(poll_id)
+    row = await connection.fetchrow(sql.read_poll, poll_no)
+    return Locked(poll_no, row["version"], Poll(row["state"], PollSpec.FromString(row["spec"]), row["now"]))
+
+
+async def append(connection: asyncpg.Connection, locked: Locked, change: Change) -> int:
+    """Appends the event of a change to a locked poll; returns the poll's new version."""
+    return int(await connection.fetchval(sql.change_poll, locked.poll_no, *_columns(change)))
+
+
+def _columns(change: Change) -> tuple[str, bytes, datetime | None, datetime | None, bytes]:
+    """state, spec, opens_at, closes_at, payload. Raises INVALID_REQUEST where the spec breaks the rules of a poll."""
+    state, event, spec = change
+    broken = violations(spec)
+    if broken:
+        raise invalid_request({f"poll.{field}" if field else "poll": rule for field, rule in broken.items()})
+    opens_at = spec.opens_at.ToDatetime(UTC) if spec.HasField("opens_at") else None
+    closes_at = spec.closes_at.ToDatetime(UTC) if spec.HasField("closes_at") else None
+    return state, spec.SerializeToString(), opens_at, closes_at, event.SerializeToString()

@@ -1,20 +1,21 @@
 """What taking votes needs to know of each poll, kept in memory."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from uuid import UUID
 
 import asyncpg
-from tally.poll.v1.poll_pb2 import PollSpec
+from tally.poll.v1.poll_pb2 import ELIGIBILITY_ROLL, PollSpec
 
-from command_server.ballots import marking
-from command_server.poll import OPEN, poll_not_found
-from runtime.postgres import queries
+from command_server import ballots
+from command_server.poll import OPEN, choose, poll_not_found
+from runtime.postgres import patiently, queries
 
 sql = queries(__package__)
 
 _CAPACITY = 10_000
+PATIENCE_SECONDS = 5.0
 
 
 class Poll(NamedTuple):
@@ -23,10 +24,22 @@ class Poll(NamedTuple):
     poll_id: UUID
     poll_no: int
     state: str
+    spec: PollSpec
     # option_id → its place in the poll's options.
     option_numbers: Mapping[str, int]
-    # option_id → what a ballot for it ends with.
+    # option_id → what a ballot for it alone ends with.
     markings: Mapping[str, bytes]
+
+    @property
+    def has_roll(self) -> bool:
+        """Whether only registered voters may vote, each with its weight."""
+        return self.spec.eligibility == ELIGIBILITY_ROLL
+
+    def mark(self, option_ids: Sequence[str]) -> bytes:
+        """What a ballot for these options ends with; a Refusal where the poll does not allow them."""
+        if len(option_ids) == 1 and (marking := self.markings.get(option_ids[0])):
+            return marking
+        return ballots.marking(choose(self.spec, self.option_numbers, option_ids))
 
 
 class Polls:
@@ -44,17 +57,13 @@ class Polls:
         poll = self._open.get(poll_id)
         if poll is not None:
             return poll
-        row = await self._pool.fetchrow(sql.find_poll, UUID(poll_id))
+        row = await patiently(lambda: self._pool.fetchrow(sql.find_poll, UUID(poll_id)), PATIENCE_SECONDS)
         if row is None:
             raise poll_not_found(poll_id)
-        options = PollSpec.FromString(row["spec"]).options
-        poll = Poll(
-            UUID(poll_id),
-            row["poll_no"],
-            row["state"],
-            {option.option_id: number for number, option in enumerate(options)},
-            {option.option_id: marking(number) for number, option in enumerate(options)},
-        )
+        spec = PollSpec.FromString(row["spec"])
+        numbers = {option.option_id: number for number, option in enumerate(spec.options)}
+        markings = {option_id: ballots.marking([number]) for option_id, number in numbers.items()}
+        poll = Poll(UUID(poll_id), row["poll_no"], row["state"], spec, numbers, markings)
         if poll.state == OPEN:
             self._open[poll_id] = poll
             if len(self._open) > _CAPACITY:

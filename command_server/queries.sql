@@ -9,27 +9,31 @@ INSERT INTO command_requests (request_id, fingerprint, response) VALUES ($1, $2,
 
 -- insert_poll: a new poll with its first event
 WITH poll AS (
-    INSERT INTO polls (poll_id, state, version, spec, created_at, recorded_at)
-    VALUES ($1, $2, 1, $3, clock_timestamp(), clock_timestamp())
+    INSERT INTO polls (poll_id, state, version, spec, opens_at, closes_at, created_at, recorded_at)
+    VALUES ($1, $2, 1, $3, $4, $5, clock_timestamp(), clock_timestamp())
     RETURNING poll_no, version, recorded_at
 ), logged AS (
     INSERT INTO events (poll_no, version, recorded_at, payload)
-    SELECT poll_no, version, recorded_at, $4 FROM poll
+    SELECT poll_no, version, recorded_at, $6 FROM poll
 )
 INSERT INTO outbox (poll_no, version) SELECT poll_no, version FROM poll
 
--- lock_poll: a poll's state, locked against every other change until the transaction ends
-SELECT poll_no, state FROM polls WHERE poll_id = $1 FOR UPDATE
+-- lock_poll: makes every other change of a poll wait until the transaction ends
+SELECT poll_no FROM polls WHERE poll_id = $1 FOR UPDATE
+
+-- read_poll: what a decision needs to know of a locked poll; `now` is its clock, which never falls
+SELECT state, version, spec, greatest(recorded_at, clock_timestamp()) AS now FROM polls WHERE poll_no = $1
 
 -- change_poll: a locked poll's next event
 WITH poll AS (
     UPDATE polls
-    SET state = $2, version = version + 1, recorded_at = greatest(recorded_at, clock_timestamp())
+    SET state = $2, spec = $3, opens_at = $4, closes_at = $5, version = version + 1,
+        recorded_at = greatest(recorded_at, clock_timestamp())
     WHERE poll_no = $1
     RETURNING poll_no, version, recorded_at
 ), logged AS (
     INSERT INTO events (poll_no, version, recorded_at, payload)
-    SELECT poll_no, version, recorded_at, $3 FROM poll
+    SELECT poll_no, version, recorded_at, $6 FROM poll
 ), queued AS (
     INSERT INTO outbox (poll_no, version) SELECT poll_no, version FROM poll
 )
@@ -41,31 +45,70 @@ SELECT poll_no, state, spec FROM polls WHERE poll_id = $1
 -- poll_state: why a poll takes no votes
 SELECT state FROM polls WHERE poll_no = $1
 
--- log_votes: the event of a batch whose votes are inserted already, if the poll is open. Here two batches of one poll
--- wait for each other: the row's lock, held until the commit, gives the batches their versions one after the other,
--- and ClosePoll, which takes the same lock, comes before a batch or after it, never between its check and its commit.
-WITH poll AS (
-    UPDATE polls
-    SET version = version + 1, recorded_at = greatest(recorded_at, clock_timestamp())
-    WHERE poll_no = $1 AND state = 'OPEN'
-    RETURNING poll_no, version, recorded_at
-), logged AS (
-    INSERT INTO events (poll_no, version, recorded_at, batch_id, payload)
-    SELECT poll_no, version, recorded_at, $2, $3 FROM poll
-), queued AS (
-    INSERT INTO outbox (poll_no, version) SELECT poll_no, version FROM poll
-)
-SELECT version, recorded_at FROM poll
+-- record_votes: a small batch of new votes with its event, in one round trip
+SELECT version, recorded_at FROM record_votes($1, $2, $3, $4, $5)
 
--- insert_new_votes: the votes of a batch whose voters have none yet; sorted by key, so that two batches with the same
--- voters wait for each other in one order and never deadlock
-INSERT INTO votes (batch_id, poll_no, option_no, voter_key)
-SELECT $1, $2, option_no, voter_key FROM unnest($3::uuid[], $4::smallint[]) AS vote (voter_key, option_no)
+-- log_votes: the event of a batch whose votes are inserted already
+SELECT version, recorded_at FROM log_votes($1, $2, $3)
+
+-- find_weights: those of these voters that are on the roll
+SELECT voter_key, weight FROM roll WHERE poll_no = $1 AND voter_key = ANY ($2::uuid[])
+
+-- insert_votes: the votes of a batch whose voters have none yet; sorted by key, so that two batches with the same voters
+-- wait for each other in one order and never deadlock
+INSERT INTO votes (batch_id, poll_no, choices, voter_key)
+SELECT $1, $2, choices, voter_key FROM unnest($3::uuid[], $4::bytea[]) AS vote (voter_key, choices)
 ON CONFLICT DO NOTHING
-RETURNING voter_key
+RETURNING voter_key, NULL::bytea AS replaced
+
+-- replace_votes: the votes of a batch that are new or chose otherwise than the voter's vote before, with that one's choices
+INSERT INTO votes (batch_id, poll_no, choices, voter_key)
+SELECT $1, $2, choices, voter_key FROM unnest($3::uuid[], $4::bytea[]) AS vote (voter_key, choices)
+ON CONFLICT (poll_no, voter_key) DO UPDATE SET choices = excluded.choices, batch_id = excluded.batch_id
+WHERE votes.choices <> excluded.choices
+RETURNING voter_key, old.choices AS replaced
 
 -- find_votes: what these voters chose, and which event counts it
-SELECT vote.voter_key, vote.option_no, vote.batch_id, event.version, event.recorded_at
+SELECT vote.voter_key, vote.choices, vote.batch_id, event.version, event.recorded_at
 FROM votes AS vote
 JOIN events AS event USING (batch_id)
 WHERE vote.poll_no = $1 AND vote.voter_key = ANY ($2::uuid[])
+
+-- register_voters: those voters who are not on the roll yet; sorted by key, so that two batches never deadlock
+INSERT INTO roll (poll_no, weight, voter_key)
+SELECT poll_no, weight, voter_key
+FROM polls, unnest($2::integer[], $3::uuid[]) AS voter (weight, voter_key)
+WHERE poll_id = $1
+ON CONFLICT DO NOTHING
+RETURNING weight
+
+-- lead: whether this session is the one that takes care of all polls; it stays so until it ends
+SELECT pg_try_advisory_lock($1)
+
+-- due_polls: drafts whose opens_at, and open polls whose closes_at has passed; the most overdue first
+SELECT poll_id FROM polls
+WHERE state = 'DRAFT' AND opens_at <= clock_timestamp() AND (closes_at IS NULL OR closes_at > clock_timestamp())
+UNION ALL
+SELECT poll_id FROM polls WHERE state = 'OPEN' AND closes_at <= clock_timestamp()
+LIMIT 100
+
+-- request_recount: leaves the recount of a poll to whoever does recounts; one at a time for each poll
+INSERT INTO recounts (poll_no) VALUES ($1) ON CONFLICT DO NOTHING RETURNING true
+
+-- next_recount: the recount that has waited longest
+SELECT poll_id, poll_no, spec FROM recounts JOIN polls USING (poll_no) ORDER BY requested_at LIMIT 1
+
+-- end_recount: a recount has its outcome
+DELETE FROM recounts WHERE poll_no = $1
+
+-- recount_votes: a page of a poll's votes, added up: one row for each different set of choices, and the page's last voter
+WITH page AS (
+    SELECT voter_key, choices FROM votes WHERE poll_no = $1 AND voter_key > $2 ORDER BY voter_key LIMIT $3
+)
+SELECT choices, count(*) AS votes, sum(coalesce(weight, 1)) AS weight,
+    (SELECT voter_key FROM page ORDER BY voter_key DESC LIMIT 1) AS last_voter
+FROM page LEFT JOIN roll ON roll.poll_no = $1 AND roll.voter_key = page.voter_key
+GROUP BY choices
+
+-- read_events: a page of a poll's log
+SELECT version, payload FROM events WHERE poll_no = $1 AND version > $2 ORDER BY version LIMIT $3

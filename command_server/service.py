@@ -13,11 +13,19 @@ from tally.command.v1.command_service_pb2_grpc import CommandServiceServicer
 from tally.poll.v1.poll_pb2 import VoteReceipt
 
 from command_server.ballot_box import BallotBox, Recorded, Verdicts
-from command_server.poll import MAX_VOTER_ID_CHARACTERS, check_voter_id, choose, close_poll, open_poll
+from command_server.poll import (
+    MAX_VOTER_ID_CHARACTERS,
+    cancel_poll,
+    close_poll,
+    invalid_voter_id,
+    open_poll,
+    update_poll,
+)
 from command_server.poll_log import PollLog, Request
 from command_server.polls import Poll, Polls
+from command_server.roll import Roll
 from contracts.freshness import token
-from contracts.refusals import Refusal
+from contracts.refusals import Refusal, invalid_request
 from contracts.voters import VoterKeys
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -29,8 +37,9 @@ STREAM_IN_FLIGHT = 8
 class CommandService(CommandServiceServicer):
     """Commands and votes. See protos/tally/command/v1/command_service.proto for what each promises."""
 
-    def __init__(self, log: PollLog, polls: Polls, box: BallotBox, voters: VoterKeys) -> None:
+    def __init__(self, log: PollLog, roll: Roll, polls: Polls, box: BallotBox, voters: VoterKeys) -> None:
         self._log = log
+        self._roll = roll
         self._polls = polls
         self._box = box
         self._voters = voters
@@ -46,11 +55,40 @@ class CommandService(CommandServiceServicer):
         command = Request.of(request, request.request_id)
         return await self._log.change(command, UUID(request.poll_id), close_poll, pb.ClosePollResponse)
 
+    async def UpdatePoll(self, request: pb.UpdatePollRequest, context: Context) -> pb.UpdatePollResponse:
+        command = Request.of(request, request.request_id)
+        decide = update_poll(request.poll, request.update_mask)
+        return await self._log.change(command, UUID(request.poll_id), decide, pb.UpdatePollResponse)
+
+    async def CancelPoll(self, request: pb.CancelPollRequest, context: Context) -> pb.CancelPollResponse:
+        command = Request.of(request, request.request_id)
+        return await self._log.change(command, UUID(request.poll_id), cancel_poll, pb.CancelPollResponse)
+
+    async def CertifyPoll(self, request: pb.CertifyPollRequest, context: Context) -> pb.CertifyPollResponse:
+        command = Request.of(request, request.request_id)
+        return await self._log.request_recount(command, UUID(request.poll_id))
+
+    async def RegisterVoters(
+        self, requests: AsyncIterator[pb.RegisterVotersRequest], context: Context
+    ) -> pb.RegisterVotersResponse:
+        response, poll_id = pb.RegisterVotersResponse(), ""
+        async for request in requests:
+            if poll_id not in ("", request.poll_id):
+                raise invalid_request({"poll_id": "must be the same in all requests of a call"})
+            poll_id = request.poll_id
+            # The first of several entries for one voter is the one that counts.
+            weights = {self._voters.voter_key(v.voter_id): v.weight or 1 for v in reversed(request.voters)}
+            registered = await self._roll.register(UUID(poll_id), weights)
+            response.registered += registered.voters
+            response.already_registered += len(request.voters) - registered.voters
+            response.consistency_token = token(UUID(poll_id), registered.version)
+        return response
+
     async def CastVote(self, request: pb.CastVoteRequest, context: Context) -> pb.CastVoteResponse:
         poll = await self._polls.find(request.poll_id)
-        choose(poll.option_numbers, request.option_ids)
+        marking = poll.mark(request.option_ids)
         voter_key = self._voters.voter_key(request.voter_id)
-        recorded = await self._box.cast(poll, voter_key + poll.markings[request.option_ids[0]])
+        recorded = await self._box.cast(poll, voter_key + marking)
         if isinstance(recorded, Refusal):
             raise recorded
         return pb.CastVoteResponse(
@@ -93,14 +131,15 @@ class CommandService(CommandServiceServicer):
             batch.rejected = dict.fromkeys(range(len(request.votes)), refusal)
             return batch
         batch.poll = poll
-        ballots, voter_key, marking = [], self._voters.voter_key, poll.markings.get
+        ballots, voter_key, mark = [], self._voters.voter_key, poll.mark
         for index, vote in enumerate(request.votes):
-            voter_id, option_ids = vote.voter_id, vote.option_ids
-            mark = marking(option_ids[0]) if len(option_ids) == 1 else None
-            if mark is not None and 0 < len(voter_id) <= MAX_VOTER_ID_CHARACTERS:
-                ballots.append(voter_key(voter_id) + mark)
-            else:
-                batch.rejected[index] = _why(poll, vote)
+            voter_id = vote.voter_id
+            try:
+                if not 0 < len(voter_id) <= MAX_VOTER_ID_CHARACTERS:
+                    raise invalid_voter_id(voter_id)
+                ballots.append(voter_key(voter_id) + mark(vote.option_ids))
+            except Refusal as refusal:
+                batch.rejected[index] = refusal
         if ballots:
             batch.verdicts = await self._box.cast_all(poll, ballots)
         return batch
@@ -128,7 +167,7 @@ class _Batch:
                 sent = [index for index in range(self.votes) if index not in self.rejected]
                 for index, verdict in others.items():
                     if isinstance(verdict, Recorded):
-                        response.already_recorded += 1
+                        response.already_recorded += verdict.already
                         version = max(version, verdict.version)
                     else:
                         rejected[sent[index]] = verdict
@@ -138,16 +177,6 @@ class _Batch:
         for index, refusal in sorted(rejected.items()):
             response.rejections.add(index=index, reason=refusal.reason, message=refusal.message)
         return response
-
-
-def _why(poll: Poll, vote: pb.Vote) -> Refusal:
-    """Why a vote of a batch cannot be a ballot."""
-    try:
-        check_voter_id(vote.voter_id)
-        choose(poll.option_numbers, vote.option_ids)
-    except Refusal as refusal:
-        return refusal
-    raise AssertionError("the vote breaks no rule")
 
 
 def _timestamp(moment: datetime) -> Timestamp:

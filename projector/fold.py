@@ -1,19 +1,22 @@
 """What the events of a poll add up to. Pure: every read model counts by this, and by nothing else."""
 
-from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from tally.event.v1.event_pb2 import Event, VotesCast
+from tally.event.v1.event_pb2 import Event, Recount, VotesCast
 from tally.poll.v1.poll_pb2 import (
+    POLL_STATE_CANCELLED,
+    POLL_STATE_CERTIFIED,
     POLL_STATE_CLOSED,
     POLL_STATE_DRAFT,
     POLL_STATE_OPEN,
     PollOption,
     PollState,
 )
+from tally.query.v1.query_service_pb2 import Certification, OptionCount
 
+from contracts.counting import added_votes, count_changes
 from contracts.voters import KEY_BYTES
 
 
@@ -26,6 +29,34 @@ class Tally(NamedTuple):
     counts: tuple[int, ...]
     # When the event `version` was recorded.
     as_of: Timestamp
+    # The voters whose vote counts, and those on the electoral roll.
+    total_votes: int = 0
+    eligible_voters: int = 0
+    # The outcome of the final recount.
+    certification: Certification | None = None
+
+
+# In which states each change can happen.
+_STATES = {
+    "poll_created": (),
+    "poll_updated": (POLL_STATE_DRAFT,),
+    "poll_opened": (POLL_STATE_DRAFT,),
+    "poll_closed": (POLL_STATE_OPEN,),
+    "poll_cancelled": (POLL_STATE_DRAFT, POLL_STATE_OPEN),
+    "voters_registered": (POLL_STATE_DRAFT, POLL_STATE_OPEN),
+    "votes_cast": (POLL_STATE_OPEN,),
+    "certification_requested": (POLL_STATE_CLOSED,),
+    "poll_certified": (POLL_STATE_CLOSED,),
+    "certification_failed": (POLL_STATE_CLOSED,),
+}
+
+
+_LEADS_TO = {
+    "poll_opened": POLL_STATE_OPEN,
+    "poll_closed": POLL_STATE_CLOSED,
+    "poll_cancelled": POLL_STATE_CANCELLED,
+    "poll_certified": POLL_STATE_CERTIFIED,
+}
 
 
 class Unfoldable(Exception):  # noqa: N818 - says what the event is
@@ -76,30 +107,48 @@ def fold(tally: Tally | None, event: Event) -> Tally:
         return Tally(1, POLL_STATE_DRAFT, options, (0,) * len(options), event.recorded_at)
     if event.version != tally.version + 1:
         raise Unfoldable(f"version {event.version} cannot follow version {tally.version}")
-    state, counts = tally.state, tally.counts
-    match change, state:
-        case "poll_opened", PollState.POLL_STATE_DRAFT:
-            state = POLL_STATE_OPEN
-        case "votes_cast", PollState.POLL_STATE_OPEN:
-            counts = _counted(counts, event.votes_cast, event.version)
-        case "poll_closed", PollState.POLL_STATE_OPEN:
-            state = POLL_STATE_CLOSED
-        case None, _:
-            raise Unfoldable(f"version {event.version} is a change that this version of the code does not know")
-        case _:
-            raise Unfoldable(f"version {event.version} is {change}, in state {PollState.Name(state)}")
-    return Tally(event.version, state, tally.options, counts, event.recorded_at)
+    if change is None:
+        raise Unfoldable(f"version {event.version} is a change that this version of the code does not know")
+    if tally.state not in _STATES[change]:
+        raise Unfoldable(f"version {event.version} is {change}, in state {PollState.Name(tally.state)}")
+    state = _LEADS_TO.get(change, tally.state)
+    tally = tally._replace(version=event.version, as_of=event.recorded_at, state=state)
+    match change:
+        case "poll_updated":
+            options = tuple(event.poll_updated.poll.options)
+            tally = tally._replace(options=options, counts=(0,) * len(options))
+        case "voters_registered":
+            tally = tally._replace(eligible_voters=tally.eligible_voters + event.voters_registered.voters)
+        case "votes_cast":
+            tally = _counted(tally, event.votes_cast)
+        case "poll_certified":
+            tally = tally._replace(certification=_certification(tally, event.poll_certified.recount, agreed=True))
+        case "certification_failed":
+            recount = event.certification_failed.recount
+            tally = tally._replace(certification=_certification(tally, recount, agreed=False))
+    return tally
 
 
-def _counted(counts: tuple[int, ...], votes: VotesCast, version: int) -> tuple[int, ...]:
-    if len(votes.voter_keys) != KEY_BYTES * len(votes.option_numbers):
-        raise Unfoldable(f"version {version} has not as many voters as votes")
-    total = list(counts)
-    for number, count in Counter(votes.option_numbers).items():
-        if number >= len(total):
-            raise Unfoldable(f"version {version} has a vote for option {number} of {len(total)}")
-        total[number] += count
-    return tuple(total)
+def _counted(tally: Tally, votes: VotesCast) -> Tally:
+    voters, rest = divmod(len(votes.voter_keys), KEY_BYTES)
+    if rest or voters != len(votes.choices or votes.option_numbers):
+        raise Unfoldable(f"version {tally.version} has not as many voters as votes")
+    counts = list(tally.counts)
+    for number, count in count_changes(votes).items():
+        if number >= len(counts):
+            raise Unfoldable(f"version {tally.version} has a vote for option {number} of {len(counts)}")
+        counts[number] += count
+    return tally._replace(counts=tuple(counts), total_votes=tally.total_votes + added_votes(votes))
+
+
+def _certification(tally: Tally, recount: Recount, *, agreed: bool) -> Certification:
+    if len(recount.counts) != len(tally.options):
+        raise Unfoldable(f"version {tally.version} recounts {len(recount.counts)} options of {len(tally.options)}")
+    counts = [
+        OptionCount(option_id=option.option_id, label=option.label, count=count)
+        for option, count in zip(tally.options, recount.counts, strict=True)
+    ]
+    return Certification(certified_at=tally.as_of, counts=counts, total_votes=recount.total_votes, agreed=agreed)
 
 
 def _version(event: Event) -> int:

@@ -75,9 +75,11 @@ def _results(poll_id: str, tally: Tally) -> bytes:
             OptionCount(option_id=option.option_id, label=option.label, count=count)
             for option, count in zip(tally.options, tally.counts, strict=True)
         ],
-        total_votes=sum(tally.counts),
+        total_votes=tally.total_votes,
         as_of=tally.as_of,
         source=RESULTS_SOURCE_LIVE_CACHE,
+        eligible_voters=tally.eligible_voters,
+        certification=tally.certification,
     )
     return GetResultsResponse(results=results).SerializeToString()
 
@@ -90,6 +92,9 @@ def _tally(value: bytes) -> Tally:
         options=tuple(PollOption(option_id=option.option_id, label=option.label) for option in results.counts),
         counts=tuple(option.count for option in results.counts),
         as_of=results.as_of,
+        total_votes=results.total_votes,
+        eligible_voters=results.eligible_voters,
+        certification=results.certification if results.HasField("certification") else None,
     )
 
 

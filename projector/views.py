@@ -5,11 +5,13 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from struct import Struct
 from typing import ClassVar
+from uuid import UUID
 
 import asyncpg
 from google.protobuf.timestamp_pb2 import Timestamp
 from tally.event.v1.event_pb2 import Event
-from tally.poll.v1.poll_pb2 import PollOption, PollState, VotingMethod
+from tally.poll.v1.poll_pb2 import ELIGIBILITY_ROLL, PollOption, PollSpec, PollState, VotingMethod
+from tally.query.v1.query_service_pb2 import Certification
 
 from contracts.voters import KEY_BYTES
 from projector.fold import Tally
@@ -79,15 +81,19 @@ class Views:
             poll_nos = await self._store_polls(changes)
             if len(poll_nos) != len(changes):
                 raise Displaced("a poll is not at the version that this process left it at")
-            rows = [
-                row for change in changes for event in change.events for row in _votes(poll_nos[change.poll_id], event)
-            ]
+            events = [(poll_nos[change.poll_id], event) for change in changes for event in change.events]
+            # An event without replaced votes has only voters who are new, whatever events are around it.
+            fresh = [event for event in events if not event[1].votes_cast.replaced]
+            rows = [row for poll_no, event in fresh for row in _votes(poll_no, event)]
             if rows:
                 # In the order of their key, as the index has them: that halves what an insertion costs the server.
                 rows.sort()
                 await self._connection.copy_to_table(
                     "votes", source=_copied(rows), columns=_VOTE_COLUMNS, format="binary", timeout=_SECONDS
                 )
+            for poll_no, event in events:
+                if event.votes_cast.replaced:
+                    await self._replace_votes(poll_no, event)
             if old is None:
                 moved = await self._connection.execute(sql.begin, *new)
             else:
@@ -95,12 +101,20 @@ class Views:
             if moved not in ("INSERT 0 1", "UPDATE 1"):
                 raise Displaced("the position is not the one that was stored")
 
+    async def _replace_votes(self, poll_no: int, event: Event) -> None:
+        """The votes of an event some of which take the place of earlier ones."""
+        keys = [UUID(bytes=key) for (key,) in _KEY.iter_unpack(event.votes_cast.voter_keys)]
+        await self._connection.execute(sql.replace_votes, event.version, _moment(event.recorded_at), poll_no, keys)
+
     async def _store_polls(self, changes: Sequence[Change]) -> Mapping[str, int]:
         """The poll_no of each poll that was at the version before its change, and now has that change."""
         rows: list[asyncpg.Record] = []
         created = [_inserted(change) for change in changes if change.before == 0]
         if created:
             rows += await self._connection.fetchmany(sql.insert_poll, created)
+        specs = [_spec(change.poll_id, spec) for change in changes if (spec := _newest_spec(change.events))]
+        if specs:
+            await self._connection.executemany(sql.update_spec, specs)
         updated = [_updated(change) for change in changes if change.before > 0]
         if updated:
             rows += await self._connection.fetch(sql.update_polls, *zip(*updated, strict=True))
@@ -108,23 +122,21 @@ class Views:
 
 
 def _inserted(change: Change) -> tuple[object, ...]:
-    created = change.events[0]
-    poll, tally = created.poll_created.poll, change.tally
+    tally = change.tally
     return (
         change.poll_id,
         tally.version,
         _state(tally),
-        VotingMethod.Name(poll.method).removeprefix("VOTING_METHOD_"),
-        poll.title,
-        poll.description,
         [option.option_id for option in tally.options],
         [option.label for option in tally.options],
         tally.counts,
-        sum(tally.counts),
+        tally.total_votes,
         _moment(tally.as_of),
-        _moment(created.recorded_at),
+        _moment(change.events[0].recorded_at),
         _when(change.events, "poll_opened"),
-        _when(change.events, "poll_closed"),
+        _when(change.events, "poll_closed", "poll_cancelled"),
+        tally.eligible_voters,
+        _certification(tally),
     )
 
 
@@ -136,10 +148,37 @@ def _updated(change: Change) -> tuple[object, ...]:
         tally.version,
         _state(tally),
         f"{{{','.join(map(str, tally.counts))}}}",
-        sum(tally.counts),
+        tally.total_votes,
         _moment(tally.as_of),
         _when(change.events, "poll_opened"),
-        _when(change.events, "poll_closed"),
+        _when(change.events, "poll_closed", "poll_cancelled"),
+        tally.eligible_voters,
+        _certification(tally),
+    )
+
+
+def _newest_spec(events: Sequence[Event]) -> PollSpec | None:
+    """What the poll is after these events; None where none of them says so."""
+    for event in reversed(events):
+        change = event.WhichOneof("change")
+        if change in ("poll_created", "poll_updated"):
+            return event.poll_created.poll if change == "poll_created" else event.poll_updated.poll
+    return None
+
+
+def _spec(poll_id: str, spec: PollSpec) -> tuple[object, ...]:
+    return (
+        poll_id,
+        spec.title,
+        spec.description,
+        VotingMethod.Name(spec.method).removeprefix("VOTING_METHOD_"),
+        [option.option_id for option in spec.options],
+        [option.label for option in spec.options],
+        spec.max_choices,
+        _moment(spec.opens_at) if spec.HasField("opens_at") else None,
+        _moment(spec.closes_at) if spec.HasField("closes_at") else None,
+        spec.allow_vote_change,
+        "ROLL" if spec.eligibility == ELIGIBILITY_ROLL else "OPEN",
     )
 
 
@@ -166,6 +205,9 @@ def _tally(row: asyncpg.Record) -> Tally:
         options=tuple(PollOption(option_id=option_id, label=label) for option_id, label in options),
         counts=tuple(row["counts"]),
         as_of=as_of,
+        total_votes=row["total_votes"],
+        eligible_voters=row["eligible_voters"],
+        certification=Certification.FromString(row["certification"]) if row["certification"] else None,
     )
 
 
@@ -173,8 +215,12 @@ def _state(tally: Tally) -> str:
     return PollState.Name(tally.state).removeprefix("POLL_STATE_")
 
 
-def _when(events: Sequence[Event], change: str) -> datetime | None:
-    return next((_moment(event.recorded_at) for event in events if event.WhichOneof("change") == change), None)
+def _certification(tally: Tally) -> bytes | None:
+    return tally.certification.SerializeToString() if tally.certification else None
+
+
+def _when(events: Sequence[Event], *changes: str) -> datetime | None:
+    return next((_moment(event.recorded_at) for event in events if event.WhichOneof("change") in changes), None)
 
 
 def _moment(timestamp: Timestamp) -> datetime:

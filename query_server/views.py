@@ -12,8 +12,9 @@ from uuid import UUID
 
 import asyncpg
 from tally.poll.v1.error_reason_pb2 import ErrorReason
-from tally.poll.v1.poll_pb2 import PollOption, PollState, VoteReceipt, VotingMethod
+from tally.poll.v1.poll_pb2 import Eligibility, PollOption, PollState, VoteReceipt, VotingMethod
 from tally.query.v1.query_service_pb2 import (
+    Certification,
     GetResultsResponse,
     ListPollsResponse,
     OptionCount,
@@ -155,6 +156,11 @@ def _poll(row: Any) -> Poll:
         created_at=row["created_at"],
         opened_at=row["opened_at"],
         closed_at=row["closed_at"],
+        max_choices=row["max_choices"],
+        opens_at=row["opens_at"],
+        closes_at=row["closes_at"],
+        allow_vote_change=row["allow_vote_change"],
+        eligibility=Eligibility.Value(f"ELIGIBILITY_{row['eligibility']}"),
     )
 
 
@@ -169,6 +175,8 @@ def _results(row: Any) -> GetResultsResponse:
             total_votes=row["total_votes"],
             as_of=row["as_of"],
             source=ResultsSource.RESULTS_SOURCE_READ_DATABASE,
+            eligible_voters=row["eligible_voters"],
+            certification=Certification.FromString(row["certification"]) if row["certification"] else None,
         )
     )
 

@@ -2,13 +2,16 @@
 
 import asyncio
 import re
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import asyncpg
 import structlog
+
+from runtime.lifecycle import Backoff
 
 log = structlog.get_logger()
 
@@ -26,6 +29,8 @@ UNAVAILABLE = (
     asyncpg.OperatorInterventionError,
     asyncpg.ReadOnlySQLTransactionError,
 )
+
+T = TypeVar("T")
 
 _BLOCK = re.compile(r"^-- (\w+): .+$", re.MULTILINE)
 _MIGRATION_LOCK = 0x74616C6C79
@@ -61,6 +66,18 @@ async def connect_pool(dsn: str, *, size: int, application: str, read_only: bool
 
 async def _keep(_: object) -> None:
     pass
+
+
+async def patiently(attempt: Callable[[], Awaitable[T]], seconds: float) -> T:
+    """What `attempt` returns, tried again for so many seconds while the database does not answer."""
+    backoff = Backoff()
+    async with asyncio.timeout(seconds):
+        while True:
+            try:
+                return await attempt()
+            except UNAVAILABLE as error:
+                log.warning("the database does not answer", error=repr(error), failures=backoff.failures + 1)
+                await backoff.wait()
 
 
 async def check_durability(connection: asyncpg.Connection) -> None:

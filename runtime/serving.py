@@ -3,7 +3,7 @@
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grpc
@@ -214,7 +214,16 @@ def _check(request: Any) -> None:
     try:
         protovalidate.validate(request)
     except protovalidate.ValidationError as error:
-        raise InvalidMessage({_path(violation): violation.proto.message for violation in error.violations}) from error
+        raise InvalidMessage(_fields(error.violations)) from error
+
+
+def violations(message: Message) -> Mapping[str, str]:
+    """The rules that a message breaks: path of the field → rule."""
+    return _fields(protovalidate.collect_violations(message))
+
+
+def _fields(broken: Iterable[protovalidate.Violation]) -> Mapping[str, str]:
+    return {_path(violation): violation.proto.message for violation in broken}
 
 
 async def _checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:

@@ -44,7 +44,7 @@ class EventLog:
         spec = PollSpec(title="Which?", description="…", method=VOTING_METHOD_SINGLE_CHOICE, options=choices)
         poll_id = uuid4()
         payload = Event(poll_created=PollCreated(poll=spec)).SerializeToString()
-        await self.connection.execute(sql.insert_poll, poll_id, "DRAFT", spec.SerializeToString(), payload)
+        await self.connection.execute(sql.insert_poll, poll_id, "DRAFT", spec.SerializeToString(), None, None, payload)
         poll_no = await self.connection.fetchval("SELECT poll_no FROM polls WHERE poll_id = $1", poll_id)
         poll = WrittenPoll(poll_id, poll_no, spec, counts=[0] * options)
         if opened:
@@ -55,8 +55,8 @@ class EventLog:
         await self.change(poll, "CLOSED", Event(poll_closed=PollClosed()))
 
     async def change(self, poll: WrittenPoll, state: str, event: Event) -> None:
-        payload = event.SerializeToString()
-        poll.version = await self.connection.fetchval(sql.change_poll, poll.poll_no, state, payload)
+        columns = (state, poll.spec.SerializeToString(), None, None, event.SerializeToString())
+        poll.version = await self.connection.fetchval(sql.change_poll, poll.poll_no, *columns)
 
     async def cast(self, poll: WrittenPoll, votes: int = 1) -> None:
         """One event with so many votes of new voters."""

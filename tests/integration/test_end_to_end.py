@@ -74,8 +74,8 @@ async def assert_all_stores_agree(system: System, poll_id: str, token: str) -> d
     [poll] = await sql(
         system["write_dsn"], "SELECT poll_no, version FROM polls WHERE poll_id = $1::text::uuid", poll_id
     )
-    rows = await sql(system["write_dsn"], "SELECT option_no FROM votes WHERE poll_no = $1", poll["poll_no"])
-    voted = Counter(OPTIONS[row["option_no"]] for row in rows)
+    rows = await sql(system["write_dsn"], "SELECT choices FROM votes WHERE poll_no = $1", poll["poll_no"])
+    voted = Counter(OPTIONS[int.from_bytes(row["choices"])] for row in rows)
 
     payloads = await sql(
         system["write_dsn"], "SELECT version, payload FROM events WHERE poll_no = $1 ORDER BY version", poll["poll_no"]

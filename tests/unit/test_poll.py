@@ -2,21 +2,29 @@
 
 import subprocess
 import sys
+from datetime import UTC, datetime
 
 import pytest
 from tally.poll.v1.error_reason_pb2 import ErrorReason
-from tally.poll.v1.poll_pb2 import PollOption, PollSpec
+from tally.poll.v1.poll_pb2 import VOTING_METHOD_SINGLE_CHOICE, PollOption, PollSpec
 
-from command_server.poll import CLOSED, DRAFT, OPEN, choose, close_poll, create_poll, open_poll
+from command_server.poll import CLOSED, DRAFT, OPEN, Poll, choose, close_poll, create_poll, open_poll
 from contracts.refusals import Refusal
 
-SPEC = PollSpec(title="Lunch?", options=[PollOption(option_id="a"), PollOption(option_id="b")])
+NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
+SPEC = PollSpec(
+    title="Lunch?", method=VOTING_METHOD_SINGLE_CHOICE, options=[PollOption(option_id="a"), PollOption(option_id="b")]
+)
+
+
+def at(state: str, spec: PollSpec = SPEC) -> Poll:
+    return Poll(state, spec, NOW)
 
 
 def test_a_poll_lives_from_draft_to_open_to_closed() -> None:
     created = create_poll(SPEC)
-    opened = open_poll(created.state)
-    closed = close_poll(opened.state)
+    opened = open_poll(at(created.state))
+    closed = close_poll(at(opened.state))
     assert [created.state, opened.state, closed.state] == [DRAFT, OPEN, CLOSED]
     changes = [change.event.WhichOneof("change") for change in (created, opened, closed)]
     assert changes == ["poll_created", "poll_opened", "poll_closed"]
@@ -26,14 +34,14 @@ def test_a_poll_lives_from_draft_to_open_to_closed() -> None:
 @pytest.mark.parametrize("state", [OPEN, CLOSED])
 def test_only_a_draft_can_be_opened(state: str) -> None:
     with pytest.raises(Refusal) as refusal:
-        open_poll(state)
+        open_poll(at(state))
     assert refusal.value.reason == ErrorReason.ERROR_REASON_POLL_NOT_DRAFT
 
 
 @pytest.mark.parametrize("state", [DRAFT, CLOSED])
 def test_only_an_open_poll_can_be_closed(state: str) -> None:
     with pytest.raises(Refusal) as refusal:
-        close_poll(state)
+        close_poll(at(state))
     assert refusal.value.reason == ErrorReason.ERROR_REASON_POLL_NOT_OPEN
 
 
@@ -49,12 +57,12 @@ def test_only_an_open_poll_can_be_closed(state: str) -> None:
 )
 def test_a_single_choice_marks_one_known_option(option_ids: list[str], reason: ErrorReason.ValueType) -> None:
     with pytest.raises(Refusal) as refusal:
-        choose({"a": 0, "b": 1}, option_ids)
+        choose(SPEC, {"a": 0, "b": 1}, option_ids)
     assert refusal.value.reason == reason
 
 
 def test_a_choice_is_the_options_place() -> None:
-    assert choose({"a": 0, "b": 1}, ["b"]) == 1
+    assert choose(SPEC, {"a": 0, "b": 1}, ["b"]) == [1]
 
 
 def test_the_domain_does_no_io() -> None:

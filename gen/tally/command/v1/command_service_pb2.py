@@ -23,11 +23,12 @@ _sym_db = _symbol_database.Default()
 
 
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from tally.poll.v1 import error_reason_pb2 as tally_dot_poll_dot_v1_dot_error__reason__pb2
 from tally.poll.v1 import poll_pb2 as tally_dot_poll_dot_v1_dot_poll__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&tally/command/v1/command_service.proto\x12\x10tally.command.v1\x1a\x1b\x62uf/validate/validate.proto\x1a tally/poll/v1/error_reason.proto\x1a\x18tally/poll/v1/poll.proto\"c\n\x11\x43reatePollRequest\x12\x1f\n\nrequest_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12-\n\x04poll\x18\x02 \x01(\x0b\x32\x17.tally.poll.v1.PollSpecB\x06\xbaH\x03\xc8\x01\x01\"@\n\x12\x43reatePollResponse\x12\x0f\n\x07poll_id\x18\x01 \x01(\t\x12\x19\n\x11\x63onsistency_token\x18\x02 \x01(\t\"M\n\x0fOpenPollRequest\x12\x1f\n\nrequest_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x19\n\x07poll_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"-\n\x10OpenPollResponse\x12\x19\n\x11\x63onsistency_token\x18\x01 \x01(\t\"N\n\x10\x43losePollRequest\x12\x1f\n\nrequest_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x19\n\x07poll_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\".\n\x11\x43losePollResponse\x12\x19\n\x11\x63onsistency_token\x18\x01 \x01(\t\"k\n\x0f\x43\x61stVoteRequest\x12\x19\n\x07poll_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1c\n\x08voter_id\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02\x12\x1f\n\noption_ids\x18\x03 \x03(\tB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xe8\x07\"t\n\x10\x43\x61stVoteResponse\x12+\n\x07receipt\x18\x01 \x01(\x0b\x32\x1a.tally.poll.v1.VoteReceipt\x12\x18\n\x10\x61lready_recorded\x18\x02 \x01(\x08\x12\x19\n\x11\x63onsistency_token\x18\x03 \x01(\t\"\x7f\n\x10\x43\x61stVotesRequest\x12\x16\n\x0e\x62\x61tch_sequence\x18\x01 \x01(\x03\x12\x19\n\x07poll_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x38\n\x05votes\x18\x03 \x03(\x0b\x32\x16.tally.command.v1.VoteB\x11\xbaH\x0e\x92\x01\x0b\x08\x01\x10\xa0\x9c\x01\"\x03\xd8\x01\x03\"E\n\x04Vote\x12\x1c\n\x08voter_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02\x12\x1f\n\noption_ids\x18\x02 \x03(\tB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xe8\x07\"\xa7\x01\n\x11\x43\x61stVotesResponse\x12\x16\n\x0e\x62\x61tch_sequence\x18\x01 \x01(\x03\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x05\x12\x18\n\x10\x61lready_recorded\x18\x03 \x01(\x05\x12\x33\n\nrejections\x18\x04 \x03(\x0b\x32\x1f.tally.command.v1.VoteRejection\x12\x19\n\x11\x63onsistency_token\x18\x05 \x01(\t\"[\n\rVoteRejection\x12\r\n\x05index\x18\x01 \x01(\x05\x12*\n\x06reason\x18\x02 \x01(\x0e\x32\x1a.tally.poll.v1.ErrorReason\x12\x0f\n\x07message\x18\x03 \x01(\t2\xbf\x03\n\x0e\x43ommandService\x12W\n\nCreatePoll\x12#.tally.command.v1.CreatePollRequest\x1a$.tally.command.v1.CreatePollResponse\x12Q\n\x08OpenPoll\x12!.tally.command.v1.OpenPollRequest\x1a\".tally.command.v1.OpenPollResponse\x12T\n\tClosePoll\x12\".tally.command.v1.ClosePollRequest\x1a#.tally.command.v1.ClosePollResponse\x12Q\n\x08\x43\x61stVote\x12!.tally.command.v1.CastVoteRequest\x1a\".tally.command.v1.CastVoteResponse\x12X\n\tCastVotes\x12\".tally.command.v1.CastVotesRequest\x1a#.tally.command.v1.CastVotesResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&tally/command/v1/command_service.proto\x12\x10tally.command.v1\x1a\x1b\x62uf/validate/validate.proto\x1a google/protobuf/field_mask.proto\x1a tally/poll/v1/error_reason.proto\x1a\x18tally/poll/v1/poll.proto\"c\n\x11\x43reatePollRequest\x12\x1f\n\nrequest_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12-\n\x04poll\x18\x02 \x01(\x0b\x32\x17.tally.poll.v1.PollSpecB\x06\xbaH\x03\xc8\x01\x01\"@\n\x12\x43reatePollResponse\x12\x0f\n\x07poll_id\x18\x01 \x01(\t\x12\x19\n\x11\x63onsistency_token\x18\x02 \x01(\t\"\xaf\x01\n\x11UpdatePollRequest\x12\x1f\n\nrequest_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x19\n\x07poll_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12-\n\x04poll\x18\x03 \x01(\x0b\x32\x17.tally.poll.v1.PollSpecB\x06\xbaH\x03\xd8\x01\x03\x12/\n\x0bupdate_mask\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"/\n\x12UpdatePollResponse\x12\x19\n\x11\x63onsistency_token\x18\x01 \x01(\t\"M\n\x0fOpenPollRequest\x12\x1f\n\nrequest_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x19\n\x07poll_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"-\n\x10OpenPollResponse\x12\x19\n\x11\x63onsistency_token\x18\x01 \x01(\t\"N\n\x10\x43losePollRequest\x12\x1f\n\nrequest_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x19\n\x07poll_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\".\n\x11\x43losePollResponse\x12\x19\n\x11\x63onsistency_token\x18\x01 \x01(\t\"O\n\x11\x43\x61ncelPollRequest\x12\x1f\n\nrequest_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x19\n\x07poll_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"/\n\x12\x43\x61ncelPollResponse\x12\x19\n\x11\x63onsistency_token\x18\x01 \x01(\t\"P\n\x12\x43\x65rtifyPollRequest\x12\x1f\n\nrequest_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x19\n\x07poll_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"0\n\x13\x43\x65rtifyPollResponse\x12\x19\n\x11\x63onsistency_token\x18\x01 \x01(\t\"i\n\x15RegisterVotersRequest\x12\x19\n\x07poll_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x35\n\x06voters\x18\x02 \x03(\x0b\x32\x17.tally.command.v1.VoterB\x0c\xbaH\t\x92\x01\x06\x08\x01\x10\xa0\x9c\x01\"@\n\x05Voter\x12\x1c\n\x08voter_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02\x12\x19\n\x06weight\x18\x02 \x01(\rB\t\xbaH\x06*\x04\x18\xc0\x84=\"c\n\x16RegisterVotersResponse\x12\x12\n\nregistered\x18\x01 \x01(\x03\x12\x1a\n\x12\x61lready_registered\x18\x02 \x01(\x03\x12\x19\n\x11\x63onsistency_token\x18\x03 \x01(\t\"k\n\x0f\x43\x61stVoteRequest\x12\x19\n\x07poll_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1c\n\x08voter_id\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02\x12\x1f\n\noption_ids\x18\x03 \x03(\tB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xe8\x07\"t\n\x10\x43\x61stVoteResponse\x12+\n\x07receipt\x18\x01 \x01(\x0b\x32\x1a.tally.poll.v1.VoteReceipt\x12\x18\n\x10\x61lready_recorded\x18\x02 \x01(\x08\x12\x19\n\x11\x63onsistency_token\x18\x03 \x01(\t\"\x7f\n\x10\x43\x61stVotesRequest\x12\x16\n\x0e\x62\x61tch_sequence\x18\x01 \x01(\x03\x12\x19\n\x07poll_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x38\n\x05votes\x18\x03 \x03(\x0b\x32\x16.tally.command.v1.VoteB\x11\xbaH\x0e\x92\x01\x0b\x08\x01\x10\xa0\x9c\x01\"\x03\xd8\x01\x03\"E\n\x04Vote\x12\x1c\n\x08voter_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02\x12\x1f\n\noption_ids\x18\x02 \x03(\tB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xe8\x07\"\xa7\x01\n\x11\x43\x61stVotesResponse\x12\x16\n\x0e\x62\x61tch_sequence\x18\x01 \x01(\x03\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x05\x12\x18\n\x10\x61lready_recorded\x18\x03 \x01(\x05\x12\x33\n\nrejections\x18\x04 \x03(\x0b\x32\x1f.tally.command.v1.VoteRejection\x12\x19\n\x11\x63onsistency_token\x18\x05 \x01(\t\"[\n\rVoteRejection\x12\r\n\x05index\x18\x01 \x01(\x05\x12*\n\x06reason\x18\x02 \x01(\x0e\x32\x1a.tally.poll.v1.ErrorReason\x12\x0f\n\x07message\x18\x03 \x01(\t2\xb4\x06\n\x0e\x43ommandService\x12W\n\nCreatePoll\x12#.tally.command.v1.CreatePollRequest\x1a$.tally.command.v1.CreatePollResponse\x12W\n\nUpdatePoll\x12#.tally.command.v1.UpdatePollRequest\x1a$.tally.command.v1.UpdatePollResponse\x12Q\n\x08OpenPoll\x12!.tally.command.v1.OpenPollRequest\x1a\".tally.command.v1.OpenPollResponse\x12T\n\tClosePoll\x12\".tally.command.v1.ClosePollRequest\x1a#.tally.command.v1.ClosePollResponse\x12W\n\nCancelPoll\x12#.tally.command.v1.CancelPollRequest\x1a$.tally.command.v1.CancelPollResponse\x12Z\n\x0b\x43\x65rtifyPoll\x12$.tally.command.v1.CertifyPollRequest\x1a%.tally.command.v1.CertifyPollResponse\x12\x65\n\x0eRegisterVoters\x12\'.tally.command.v1.RegisterVotersRequest\x1a(.tally.command.v1.RegisterVotersResponse(\x01\x12Q\n\x08\x43\x61stVote\x12!.tally.command.v1.CastVoteRequest\x1a\".tally.command.v1.CastVoteResponse\x12X\n\tCastVotes\x12\".tally.command.v1.CastVotesRequest\x1a#.tally.command.v1.CastVotesResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,6 +39,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEPOLLREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
   _globals['_CREATEPOLLREQUEST'].fields_by_name['poll']._loaded_options = None
   _globals['_CREATEPOLLREQUEST'].fields_by_name['poll']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_UPDATEPOLLREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_UPDATEPOLLREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
+  _globals['_UPDATEPOLLREQUEST'].fields_by_name['poll_id']._loaded_options = None
+  _globals['_UPDATEPOLLREQUEST'].fields_by_name['poll_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_UPDATEPOLLREQUEST'].fields_by_name['poll']._loaded_options = None
+  _globals['_UPDATEPOLLREQUEST'].fields_by_name['poll']._serialized_options = b'\272H\003\330\001\003'
   _globals['_OPENPOLLREQUEST'].fields_by_name['request_id']._loaded_options = None
   _globals['_OPENPOLLREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
   _globals['_OPENPOLLREQUEST'].fields_by_name['poll_id']._loaded_options = None
@@ -46,6 +53,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLOSEPOLLREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
   _globals['_CLOSEPOLLREQUEST'].fields_by_name['poll_id']._loaded_options = None
   _globals['_CLOSEPOLLREQUEST'].fields_by_name['poll_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_CANCELPOLLREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_CANCELPOLLREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
+  _globals['_CANCELPOLLREQUEST'].fields_by_name['poll_id']._loaded_options = None
+  _globals['_CANCELPOLLREQUEST'].fields_by_name['poll_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_CERTIFYPOLLREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_CERTIFYPOLLREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
+  _globals['_CERTIFYPOLLREQUEST'].fields_by_name['poll_id']._loaded_options = None
+  _globals['_CERTIFYPOLLREQUEST'].fields_by_name['poll_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_REGISTERVOTERSREQUEST'].fields_by_name['poll_id']._loaded_options = None
+  _globals['_REGISTERVOTERSREQUEST'].fields_by_name['poll_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_REGISTERVOTERSREQUEST'].fields_by_name['voters']._loaded_options = None
+  _globals['_REGISTERVOTERSREQUEST'].fields_by_name['voters']._serialized_options = b'\272H\t\222\001\006\010\001\020\240\234\001'
+  _globals['_VOTER'].fields_by_name['voter_id']._loaded_options = None
+  _globals['_VOTER'].fields_by_name['voter_id']._serialized_options = b'\272H\007r\005\020\001\030\200\002'
+  _globals['_VOTER'].fields_by_name['weight']._loaded_options = None
+  _globals['_VOTER'].fields_by_name['weight']._serialized_options = b'\272H\006*\004\030\300\204='
   _globals['_CASTVOTEREQUEST'].fields_by_name['poll_id']._loaded_options = None
   _globals['_CASTVOTEREQUEST'].fields_by_name['poll_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_CASTVOTEREQUEST'].fields_by_name['voter_id']._loaded_options = None
@@ -60,30 +83,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VOTE'].fields_by_name['voter_id']._serialized_options = b'\272H\007r\005\020\001\030\200\002'
   _globals['_VOTE'].fields_by_name['option_ids']._loaded_options = None
   _globals['_VOTE'].fields_by_name['option_ids']._serialized_options = b'\272H\010\222\001\005\010\001\020\350\007'
-  _globals['_CREATEPOLLREQUEST']._serialized_start=149
-  _globals['_CREATEPOLLREQUEST']._serialized_end=248
-  _globals['_CREATEPOLLRESPONSE']._serialized_start=250
-  _globals['_CREATEPOLLRESPONSE']._serialized_end=314
-  _globals['_OPENPOLLREQUEST']._serialized_start=316
-  _globals['_OPENPOLLREQUEST']._serialized_end=393
-  _globals['_OPENPOLLRESPONSE']._serialized_start=395
-  _globals['_OPENPOLLRESPONSE']._serialized_end=440
-  _globals['_CLOSEPOLLREQUEST']._serialized_start=442
-  _globals['_CLOSEPOLLREQUEST']._serialized_end=520
-  _globals['_CLOSEPOLLRESPONSE']._serialized_start=522
-  _globals['_CLOSEPOLLRESPONSE']._serialized_end=568
-  _globals['_CASTVOTEREQUEST']._serialized_start=570
-  _globals['_CASTVOTEREQUEST']._serialized_end=677
-  _globals['_CASTVOTERESPONSE']._serialized_start=679
-  _globals['_CASTVOTERESPONSE']._serialized_end=795
-  _globals['_CASTVOTESREQUEST']._serialized_start=797
-  _globals['_CASTVOTESREQUEST']._serialized_end=924
-  _globals['_VOTE']._serialized_start=926
-  _globals['_VOTE']._serialized_end=995
-  _globals['_CASTVOTESRESPONSE']._serialized_start=998
-  _globals['_CASTVOTESRESPONSE']._serialized_end=1165
-  _globals['_VOTEREJECTION']._serialized_start=1167
-  _globals['_VOTEREJECTION']._serialized_end=1258
-  _globals['_COMMANDSERVICE']._serialized_start=1261
-  _globals['_COMMANDSERVICE']._serialized_end=1708
+  _globals['_CREATEPOLLREQUEST']._serialized_start=183
+  _globals['_CREATEPOLLREQUEST']._serialized_end=282
+  _globals['_CREATEPOLLRESPONSE']._serialized_start=284
+  _globals['_CREATEPOLLRESPONSE']._serialized_end=348
+  _globals['_UPDATEPOLLREQUEST']._serialized_start=351
+  _globals['_UPDATEPOLLREQUEST']._serialized_end=526
+  _globals['_UPDATEPOLLRESPONSE']._serialized_start=528
+  _globals['_UPDATEPOLLRESPONSE']._serialized_end=575
+  _globals['_OPENPOLLREQUEST']._serialized_start=577
+  _globals['_OPENPOLLREQUEST']._serialized_end=654
+  _globals['_OPENPOLLRESPONSE']._serialized_start=656
+  _globals['_OPENPOLLRESPONSE']._serialized_end=701
+  _globals['_CLOSEPOLLREQUEST']._serialized_start=703
+  _globals['_CLOSEPOLLREQUEST']._serialized_end=781
+  _globals['_CLOSEPOLLRESPONSE']._serialized_start=783
+  _globals['_CLOSEPOLLRESPONSE']._serialized_end=829
+  _globals['_CANCELPOLLREQUEST']._serialized_start=831
+  _globals['_CANCELPOLLREQUEST']._serialized_end=910
+  _globals['_CANCELPOLLRESPONSE']._serialized_start=912
+  _globals['_CANCELPOLLRESPONSE']._serialized_end=959
+  _globals['_CERTIFYPOLLREQUEST']._serialized_start=961
+  _globals['_CERTIFYPOLLREQUEST']._serialized_end=1041
+  _globals['_CERTIFYPOLLRESPONSE']._serialized_start=1043
+  _globals['_CERTIFYPOLLRESPONSE']._serialized_end=1091
+  _globals['_REGISTERVOTERSREQUEST']._serialized_start=1093
+  _globals['_REGISTERVOTERSREQUEST']._serialized_end=1198
+  _globals['_VOTER']._serialized_start=1200
+  _globals['_VOTER']._serialized_end=1264
+  _globals['_REGISTERVOTERSRESPONSE']._serialized_start=1266
+  _globals['_REGISTERVOTERSRESPONSE']._serialized_end=1365
+  _globals['_CASTVOTEREQUEST']._serialized_start=1367
+  _globals['_CASTVOTEREQUEST']._serialized_end=1474
+  _globals['_CASTVOTERESPONSE']._serialized_start=1476
+  _globals['_CASTVOTERESPONSE']._serialized_end=1592
+  _globals['_CASTVOTESREQUEST']._serialized_start=1594
+  _globals['_CASTVOTESREQUEST']._serialized_end=1721
+  _globals['_VOTE']._serialized_start=1723
+  _globals['_VOTE']._serialized_end=1792
+  _globals['_CASTVOTESRESPONSE']._serialized_start=1795
+  _globals['_CASTVOTESRESPONSE']._serialized_end=1962
+  _globals['_VOTEREJECTION']._serialized_start=1964
+  _globals['_VOTEREJECTION']._serialized_end=2055
+  _globals['_COMMANDSERVICE']._serialized_start=2058
+  _globals['_COMMANDSERVICE']._serialized_end=2878
 # @@protoc_insertion_point(module_scope)

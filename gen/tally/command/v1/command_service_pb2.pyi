@@ -5,6 +5,7 @@ The write side of Tally: commands and votes."""
 
 from collections import abc as abc
 from google.protobuf import descriptor as descriptor
+from google.protobuf import field_mask_pb2 as field_mask_pb2
 from google.protobuf import message as message
 from google.protobuf.internal import containers as containers
 from tally.poll.v1 import error_reason_pb2 as error_reason_pb2
@@ -69,6 +70,64 @@ class CreatePollResponse(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["consistency_token", b"consistency_token", "poll_id", b"poll_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class UpdatePollRequest(message.Message):
+    """UpdatePollRequest asks to change a draft."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    POLL_ID_FIELD_NUMBER: builtins.int
+    POLL_FIELD_NUMBER: builtins.int
+    UPDATE_MASK_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """request_id makes the command idempotent: a UUID of the caller's choice, see CreatePollRequest. Empty: not idempotent."""
+    poll_id: builtins.str
+    """poll_id is the poll to change; a UUID."""
+    @builtins.property
+    def poll(self) -> poll_pb2.PollSpec:
+        """poll has the new values. What results is checked like a new poll."""
+
+    @builtins.property
+    def update_mask(self) -> field_mask_pb2.FieldMask:
+        """update_mask names the fields of PollSpec to take from poll, such as "title"; a named field that poll does not have is
+        cleared. Empty: all fields that poll has.
+        """
+
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        poll_id: builtins.str = ...,
+        poll: poll_pb2.PollSpec | None = ...,
+        update_mask: field_mask_pb2.FieldMask | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["poll", b"poll", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["poll", b"poll", "poll_id", b"poll_id", "request_id", b"request_id", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class UpdatePollResponse(message.Message):
+    """UpdatePollResponse says that the draft is changed."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CONSISTENCY_TOKEN_FIELD_NUMBER: builtins.int
+    consistency_token: builtins.str
+    """consistency_token can be given to a query as at_least_as_fresh, to read this command's effect; opaque."""
+    def __init__(
+        self,
+        *,
+        consistency_token: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["consistency_token", b"consistency_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -161,6 +220,172 @@ class ClosePollResponse(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
+class CancelPollRequest(message.Message):
+    """CancelPollRequest asks to give a poll up."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    POLL_ID_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """request_id makes the command idempotent: a UUID of the caller's choice, see CreatePollRequest. Empty: not idempotent."""
+    poll_id: builtins.str
+    """poll_id is the poll to cancel; a UUID."""
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        poll_id: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["poll_id", b"poll_id", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class CancelPollResponse(message.Message):
+    """CancelPollResponse says that the poll is cancelled."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CONSISTENCY_TOKEN_FIELD_NUMBER: builtins.int
+    consistency_token: builtins.str
+    """consistency_token can be given to a query as at_least_as_fresh, to read this command's effect; opaque."""
+    def __init__(
+        self,
+        *,
+        consistency_token: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["consistency_token", b"consistency_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class CertifyPollRequest(message.Message):
+    """CertifyPollRequest asks for the final recount of a poll."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    POLL_ID_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """request_id makes the command idempotent: a UUID of the caller's choice, see CreatePollRequest. Empty: not idempotent."""
+    poll_id: builtins.str
+    """poll_id is the poll to recount; a UUID."""
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        poll_id: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["poll_id", b"poll_id", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class CertifyPollResponse(message.Message):
+    """CertifyPollResponse says that the recount will be made."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CONSISTENCY_TOKEN_FIELD_NUMBER: builtins.int
+    consistency_token: builtins.str
+    """consistency_token can be given to a query as at_least_as_fresh, to read that the recount was asked for; opaque."""
+    def __init__(
+        self,
+        *,
+        consistency_token: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["consistency_token", b"consistency_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class RegisterVotersRequest(message.Message):
+    """RegisterVotersRequest is a batch of voters for one electoral roll. At most 4 MiB. All requests of a call are for one poll."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    POLL_ID_FIELD_NUMBER: builtins.int
+    VOTERS_FIELD_NUMBER: builtins.int
+    poll_id: builtins.str
+    """poll_id is the poll whose roll grows; a UUID."""
+    @builtins.property
+    def voters(self) -> containers.RepeatedCompositeFieldContainer[Voter]:
+        """voters are who may vote, 1 to 20,000."""
+
+    def __init__(
+        self,
+        *,
+        poll_id: builtins.str = ...,
+        voters: abc.Iterable[Voter] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["poll_id", b"poll_id", "voters", b"voters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Voter(message.Message):
+    """Voter is an entry of an electoral roll."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    VOTER_ID_FIELD_NUMBER: builtins.int
+    WEIGHT_FIELD_NUMBER: builtins.int
+    voter_id: builtins.str
+    """voter_id says who may vote, in the caller's own terms; 1 to 256 characters. Only a keyed hash of it is stored."""
+    weight: builtins.int
+    """weight is how much the voter's vote counts, up to 1,000,000; 0 means 1. It cannot be changed later."""
+    def __init__(
+        self,
+        *,
+        voter_id: builtins.str = ...,
+        weight: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["voter_id", b"voter_id", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class RegisterVotersResponse(message.Message):
+    """RegisterVotersResponse sums the call up."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    REGISTERED_FIELD_NUMBER: builtins.int
+    ALREADY_REGISTERED_FIELD_NUMBER: builtins.int
+    CONSISTENCY_TOKEN_FIELD_NUMBER: builtins.int
+    registered: builtins.int
+    """registered is how many voters this call added to the roll."""
+    already_registered: builtins.int
+    """already_registered is how many were on the roll before, or came twice; they keep their first weight."""
+    consistency_token: builtins.str
+    """consistency_token can be given to a query as at_least_as_fresh, to read this command's effect; opaque."""
+    def __init__(
+        self,
+        *,
+        registered: builtins.int = ...,
+        already_registered: builtins.int = ...,
+        consistency_token: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["already_registered", b"already_registered", "consistency_token", b"consistency_token", "registered", b"registered"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
 class CastVoteRequest(message.Message):
     """CastVoteRequest is one vote."""
 
@@ -175,7 +400,7 @@ class CastVoteRequest(message.Message):
     """voter_id says who votes, in the caller's own terms; 1 to 256 characters. Only a keyed hash of it is stored."""
     @builtins.property
     def option_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
-        """option_ids are the chosen options; exactly one in a SINGLE_CHOICE poll."""
+        """option_ids are the chosen options, each once: one in a SINGLE_CHOICE poll, up to max_choices in an APPROVAL poll."""
 
     def __init__(
         self,
@@ -262,7 +487,7 @@ class Vote(message.Message):
     """voter_id says who votes, in the caller's own terms; 1 to 256 characters. Only a keyed hash of it is stored."""
     @builtins.property
     def option_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
-        """option_ids are the chosen options; exactly one in a SINGLE_CHOICE poll."""
+        """option_ids are the chosen options, each once: one in a SINGLE_CHOICE poll, up to max_choices in an APPROVAL poll."""
 
     def __init__(
         self,

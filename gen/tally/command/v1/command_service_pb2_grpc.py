@@ -42,6 +42,11 @@ class CommandServiceStub:
                 request_serializer=tally_dot_command_dot_v1_dot_command__service__pb2.CreatePollRequest.SerializeToString,
                 response_deserializer=tally_dot_command_dot_v1_dot_command__service__pb2.CreatePollResponse.FromString,
                 _registered_method=True)
+        self.UpdatePoll = channel.unary_unary(
+                '/tally.command.v1.CommandService/UpdatePoll',
+                request_serializer=tally_dot_command_dot_v1_dot_command__service__pb2.UpdatePollRequest.SerializeToString,
+                response_deserializer=tally_dot_command_dot_v1_dot_command__service__pb2.UpdatePollResponse.FromString,
+                _registered_method=True)
         self.OpenPoll = channel.unary_unary(
                 '/tally.command.v1.CommandService/OpenPoll',
                 request_serializer=tally_dot_command_dot_v1_dot_command__service__pb2.OpenPollRequest.SerializeToString,
@@ -51,6 +56,21 @@ class CommandServiceStub:
                 '/tally.command.v1.CommandService/ClosePoll',
                 request_serializer=tally_dot_command_dot_v1_dot_command__service__pb2.ClosePollRequest.SerializeToString,
                 response_deserializer=tally_dot_command_dot_v1_dot_command__service__pb2.ClosePollResponse.FromString,
+                _registered_method=True)
+        self.CancelPoll = channel.unary_unary(
+                '/tally.command.v1.CommandService/CancelPoll',
+                request_serializer=tally_dot_command_dot_v1_dot_command__service__pb2.CancelPollRequest.SerializeToString,
+                response_deserializer=tally_dot_command_dot_v1_dot_command__service__pb2.CancelPollResponse.FromString,
+                _registered_method=True)
+        self.CertifyPoll = channel.unary_unary(
+                '/tally.command.v1.CommandService/CertifyPoll',
+                request_serializer=tally_dot_command_dot_v1_dot_command__service__pb2.CertifyPollRequest.SerializeToString,
+                response_deserializer=tally_dot_command_dot_v1_dot_command__service__pb2.CertifyPollResponse.FromString,
+                _registered_method=True)
+        self.RegisterVoters = channel.stream_unary(
+                '/tally.command.v1.CommandService/RegisterVoters',
+                request_serializer=tally_dot_command_dot_v1_dot_command__service__pb2.RegisterVotersRequest.SerializeToString,
+                response_deserializer=tally_dot_command_dot_v1_dot_command__service__pb2.RegisterVotersResponse.FromString,
                 _registered_method=True)
         self.CastVote = channel.unary_unary(
                 '/tally.command.v1.CommandService/CastVote',
@@ -77,6 +97,13 @@ class CommandServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdatePoll(self, request, context):
+        """UpdatePoll changes what a DRAFT poll is. Fails with POLL_NOT_DRAFT after it was opened.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def OpenPoll(self, request, context):
         """OpenPoll lets a DRAFT poll take votes. Fails with POLL_NOT_DRAFT if it was opened before.
         """
@@ -91,9 +118,34 @@ class CommandServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CancelPoll(self, request, context):
+        """CancelPoll gives a DRAFT or OPEN poll up; no vote is accepted after it. Fails with POLL_NOT_OPEN if it is neither.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CertifyPoll(self, request, context):
+        """CertifyPoll starts the final recount of a CLOSED poll, from the votes themselves, and returns at once. The outcome is
+        read on the query side: the poll becomes CERTIFIED if the recount agrees with the event log, and stays CLOSED with a
+        certification that says so if not. Fails with POLL_NOT_CLOSED if it is not closed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RegisterVoters(self, request_iterator, context):
+        """RegisterVoters puts voters on the electoral roll of a poll with eligibility ROLL, while it is DRAFT or OPEN. Each
+        request is durable by itself: after a broken call, send everything again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CastVote(self, request, context):
         """CastVote records one vote. A repeat of the same vote is OK and gets the first receipt; another choice by the same
-        voter is ALREADY_VOTED. To retry after any failure is safe.
+        voter is ALREADY_VOTED, unless the poll allows vote changes: then the last one counts. To retry after any failure is
+        safe, but where votes can be changed, retry a vote before you send the voter's next one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,6 +168,11 @@ def add_CommandServiceServicer_to_server(servicer, server):
                     request_deserializer=tally_dot_command_dot_v1_dot_command__service__pb2.CreatePollRequest.FromString,
                     response_serializer=tally_dot_command_dot_v1_dot_command__service__pb2.CreatePollResponse.SerializeToString,
             ),
+            'UpdatePoll': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdatePoll,
+                    request_deserializer=tally_dot_command_dot_v1_dot_command__service__pb2.UpdatePollRequest.FromString,
+                    response_serializer=tally_dot_command_dot_v1_dot_command__service__pb2.UpdatePollResponse.SerializeToString,
+            ),
             'OpenPoll': grpc.unary_unary_rpc_method_handler(
                     servicer.OpenPoll,
                     request_deserializer=tally_dot_command_dot_v1_dot_command__service__pb2.OpenPollRequest.FromString,
@@ -125,6 +182,21 @@ def add_CommandServiceServicer_to_server(servicer, server):
                     servicer.ClosePoll,
                     request_deserializer=tally_dot_command_dot_v1_dot_command__service__pb2.ClosePollRequest.FromString,
                     response_serializer=tally_dot_command_dot_v1_dot_command__service__pb2.ClosePollResponse.SerializeToString,
+            ),
+            'CancelPoll': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelPoll,
+                    request_deserializer=tally_dot_command_dot_v1_dot_command__service__pb2.CancelPollRequest.FromString,
+                    response_serializer=tally_dot_command_dot_v1_dot_command__service__pb2.CancelPollResponse.SerializeToString,
+            ),
+            'CertifyPoll': grpc.unary_unary_rpc_method_handler(
+                    servicer.CertifyPoll,
+                    request_deserializer=tally_dot_command_dot_v1_dot_command__service__pb2.CertifyPollRequest.FromString,
+                    response_serializer=tally_dot_command_dot_v1_dot_command__service__pb2.CertifyPollResponse.SerializeToString,
+            ),
+            'RegisterVoters': grpc.stream_unary_rpc_method_handler(
+                    servicer.RegisterVoters,
+                    request_deserializer=tally_dot_command_dot_v1_dot_command__service__pb2.RegisterVotersRequest.FromString,
+                    response_serializer=tally_dot_command_dot_v1_dot_command__service__pb2.RegisterVotersResponse.SerializeToString,
             ),
             'CastVote': grpc.unary_unary_rpc_method_handler(
                     servicer.CastVote,
@@ -167,6 +239,33 @@ class CommandService:
             '/tally.command.v1.CommandService/CreatePoll',
             tally_dot_command_dot_v1_dot_command__service__pb2.CreatePollRequest.SerializeToString,
             tally_dot_command_dot_v1_dot_command__service__pb2.CreatePollResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdatePoll(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tally.command.v1.CommandService/UpdatePoll',
+            tally_dot_command_dot_v1_dot_command__service__pb2.UpdatePollRequest.SerializeToString,
+            tally_dot_command_dot_v1_dot_command__service__pb2.UpdatePollResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -221,6 +320,87 @@ class CommandService:
             '/tally.command.v1.CommandService/ClosePoll',
             tally_dot_command_dot_v1_dot_command__service__pb2.ClosePollRequest.SerializeToString,
             tally_dot_command_dot_v1_dot_command__service__pb2.ClosePollResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelPoll(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tally.command.v1.CommandService/CancelPoll',
+            tally_dot_command_dot_v1_dot_command__service__pb2.CancelPollRequest.SerializeToString,
+            tally_dot_command_dot_v1_dot_command__service__pb2.CancelPollResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CertifyPoll(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tally.command.v1.CommandService/CertifyPoll',
+            tally_dot_command_dot_v1_dot_command__service__pb2.CertifyPollRequest.SerializeToString,
+            tally_dot_command_dot_v1_dot_command__service__pb2.CertifyPollResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RegisterVoters(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/tally.command.v1.CommandService/RegisterVoters',
+            tally_dot_command_dot_v1_dot_command__service__pb2.RegisterVotersRequest.SerializeToString,
+            tally_dot_command_dot_v1_dot_command__service__pb2.RegisterVotersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,13 +38,27 @@ class CommandServiceStub:
     def __new__(cls, channel: _aio.Channel) -> CommandServiceAsyncStub: ...
     CreatePoll: _grpc.UnaryUnaryMultiCallable[_command_service_pb2.CreatePollRequest, _command_service_pb2.CreatePollResponse]
     """CreatePoll creates a poll in state DRAFT."""
+    UpdatePoll: _grpc.UnaryUnaryMultiCallable[_command_service_pb2.UpdatePollRequest, _command_service_pb2.UpdatePollResponse]
+    """UpdatePoll changes what a DRAFT poll is. Fails with POLL_NOT_DRAFT after it was opened."""
     OpenPoll: _grpc.UnaryUnaryMultiCallable[_command_service_pb2.OpenPollRequest, _command_service_pb2.OpenPollResponse]
     """OpenPoll lets a DRAFT poll take votes. Fails with POLL_NOT_DRAFT if it was opened before."""
     ClosePoll: _grpc.UnaryUnaryMultiCallable[_command_service_pb2.ClosePollRequest, _command_service_pb2.ClosePollResponse]
     """ClosePoll ends an OPEN poll; no vote is accepted after it. Fails with POLL_NOT_OPEN if it is not open."""
+    CancelPoll: _grpc.UnaryUnaryMultiCallable[_command_service_pb2.CancelPollRequest, _command_service_pb2.CancelPollResponse]
+    """CancelPoll gives a DRAFT or OPEN poll up; no vote is accepted after it. Fails with POLL_NOT_OPEN if it is neither."""
+    CertifyPoll: _grpc.UnaryUnaryMultiCallable[_command_service_pb2.CertifyPollRequest, _command_service_pb2.CertifyPollResponse]
+    """CertifyPoll starts the final recount of a CLOSED poll, from the votes themselves, and returns at once. The outcome is
+    read on the query side: the poll becomes CERTIFIED if the recount agrees with the event log, and stays CLOSED with a
+    certification that says so if not. Fails with POLL_NOT_CLOSED if it is not closed.
+    """
+    RegisterVoters: _grpc.StreamUnaryMultiCallable[_command_service_pb2.RegisterVotersRequest, _command_service_pb2.RegisterVotersResponse]
+    """RegisterVoters puts voters on the electoral roll of a poll with eligibility ROLL, while it is DRAFT or OPEN. Each
+    request is durable by itself: after a broken call, send everything again.
+    """
     CastVote: _grpc.UnaryUnaryMultiCallable[_command_service_pb2.CastVoteRequest, _command_service_pb2.CastVoteResponse]
     """CastVote records one vote. A repeat of the same vote is OK and gets the first receipt; another choice by the same
-    voter is ALREADY_VOTED. To retry after any failure is safe.
+    voter is ALREADY_VOTED, unless the poll allows vote changes: then the last one counts. To retry after any failure is
+    safe, but where votes can be changed, retry a vote before you send the voter's next one.
     """
     CastVotes: _grpc.StreamStreamMultiCallable[_command_service_pb2.CastVotesRequest, _command_service_pb2.CastVotesResponse]
     """CastVotes records many votes, for services that collect them. Each request is answered once, in order, after its
@@ -62,13 +76,27 @@ class CommandServiceAsyncStub(CommandServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreatePoll: _aio.UnaryUnaryMultiCallable[_command_service_pb2.CreatePollRequest, _command_service_pb2.CreatePollResponse]  # type: ignore[assignment]
     """CreatePoll creates a poll in state DRAFT."""
+    UpdatePoll: _aio.UnaryUnaryMultiCallable[_command_service_pb2.UpdatePollRequest, _command_service_pb2.UpdatePollResponse]  # type: ignore[assignment]
+    """UpdatePoll changes what a DRAFT poll is. Fails with POLL_NOT_DRAFT after it was opened."""
     OpenPoll: _aio.UnaryUnaryMultiCallable[_command_service_pb2.OpenPollRequest, _command_service_pb2.OpenPollResponse]  # type: ignore[assignment]
     """OpenPoll lets a DRAFT poll take votes. Fails with POLL_NOT_DRAFT if it was opened before."""
     ClosePoll: _aio.UnaryUnaryMultiCallable[_command_service_pb2.ClosePollRequest, _command_service_pb2.ClosePollResponse]  # type: ignore[assignment]
     """ClosePoll ends an OPEN poll; no vote is accepted after it. Fails with POLL_NOT_OPEN if it is not open."""
+    CancelPoll: _aio.UnaryUnaryMultiCallable[_command_service_pb2.CancelPollRequest, _command_service_pb2.CancelPollResponse]  # type: ignore[assignment]
+    """CancelPoll gives a DRAFT or OPEN poll up; no vote is accepted after it. Fails with POLL_NOT_OPEN if it is neither."""
+    CertifyPoll: _aio.UnaryUnaryMultiCallable[_command_service_pb2.CertifyPollRequest, _command_service_pb2.CertifyPollResponse]  # type: ignore[assignment]
+    """CertifyPoll starts the final recount of a CLOSED poll, from the votes themselves, and returns at once. The outcome is
+    read on the query side: the poll becomes CERTIFIED if the recount agrees with the event log, and stays CLOSED with a
+    certification that says so if not. Fails with POLL_NOT_CLOSED if it is not closed.
+    """
+    RegisterVoters: _aio.StreamUnaryMultiCallable[_command_service_pb2.RegisterVotersRequest, _command_service_pb2.RegisterVotersResponse]  # type: ignore[assignment]
+    """RegisterVoters puts voters on the electoral roll of a poll with eligibility ROLL, while it is DRAFT or OPEN. Each
+    request is durable by itself: after a broken call, send everything again.
+    """
     CastVote: _aio.UnaryUnaryMultiCallable[_command_service_pb2.CastVoteRequest, _command_service_pb2.CastVoteResponse]  # type: ignore[assignment]
     """CastVote records one vote. A repeat of the same vote is OK and gets the first receipt; another choice by the same
-    voter is ALREADY_VOTED. To retry after any failure is safe.
+    voter is ALREADY_VOTED, unless the poll allows vote changes: then the last one counts. To retry after any failure is
+    safe, but where votes can be changed, retry a vote before you send the voter's next one.
     """
     CastVotes: _aio.StreamStreamMultiCallable[_command_service_pb2.CastVotesRequest, _command_service_pb2.CastVotesResponse]  # type: ignore[assignment]
     """CastVotes records many votes, for services that collect them. Each request is answered once, in order, after its
@@ -91,6 +119,14 @@ class CommandServiceServicer(metaclass=_abc_1.ABCMeta):
         """CreatePoll creates a poll in state DRAFT."""
 
     @_abc_1.abstractmethod
+    def UpdatePoll(
+        self,
+        request: _command_service_pb2.UpdatePollRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_command_service_pb2.UpdatePollResponse, _abc.Awaitable[_command_service_pb2.UpdatePollResponse]]:
+        """UpdatePoll changes what a DRAFT poll is. Fails with POLL_NOT_DRAFT after it was opened."""
+
+    @_abc_1.abstractmethod
     def OpenPoll(
         self,
         request: _command_service_pb2.OpenPollRequest,
@@ -107,13 +143,43 @@ class CommandServiceServicer(metaclass=_abc_1.ABCMeta):
         """ClosePoll ends an OPEN poll; no vote is accepted after it. Fails with POLL_NOT_OPEN if it is not open."""
 
     @_abc_1.abstractmethod
+    def CancelPoll(
+        self,
+        request: _command_service_pb2.CancelPollRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_command_service_pb2.CancelPollResponse, _abc.Awaitable[_command_service_pb2.CancelPollResponse]]:
+        """CancelPoll gives a DRAFT or OPEN poll up; no vote is accepted after it. Fails with POLL_NOT_OPEN if it is neither."""
+
+    @_abc_1.abstractmethod
+    def CertifyPoll(
+        self,
+        request: _command_service_pb2.CertifyPollRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_command_service_pb2.CertifyPollResponse, _abc.Awaitable[_command_service_pb2.CertifyPollResponse]]:
+        """CertifyPoll starts the final recount of a CLOSED poll, from the votes themselves, and returns at once. The outcome is
+        read on the query side: the poll becomes CERTIFIED if the recount agrees with the event log, and stays CLOSED with a
+        certification that says so if not. Fails with POLL_NOT_CLOSED if it is not closed.
+        """
+
+    @_abc_1.abstractmethod
+    def RegisterVoters(
+        self,
+        request_iterator: _MaybeAsyncIterator[_command_service_pb2.RegisterVotersRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_command_service_pb2.RegisterVotersResponse, _abc.Awaitable[_command_service_pb2.RegisterVotersResponse]]:
+        """RegisterVoters puts voters on the electoral roll of a poll with eligibility ROLL, while it is DRAFT or OPEN. Each
+        request is durable by itself: after a broken call, send everything again.
+        """
+
+    @_abc_1.abstractmethod
     def CastVote(
         self,
         request: _command_service_pb2.CastVoteRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_command_service_pb2.CastVoteResponse, _abc.Awaitable[_command_service_pb2.CastVoteResponse]]:
         """CastVote records one vote. A repeat of the same vote is OK and gets the first receipt; another choice by the same
-        voter is ALREADY_VOTED. To retry after any failure is safe.
+        voter is ALREADY_VOTED, unless the poll allows vote changes: then the last one counts. To retry after any failure is
+        safe, but where votes can be changed, retry a vote before you send the voter's next one.
         """
 
     @_abc_1.abstractmethod

@@ -33,6 +33,12 @@ class Event(message.Message):
     POLL_OPENED_FIELD_NUMBER: builtins.int
     VOTES_CAST_FIELD_NUMBER: builtins.int
     POLL_CLOSED_FIELD_NUMBER: builtins.int
+    POLL_UPDATED_FIELD_NUMBER: builtins.int
+    POLL_CANCELLED_FIELD_NUMBER: builtins.int
+    VOTERS_REGISTERED_FIELD_NUMBER: builtins.int
+    CERTIFICATION_REQUESTED_FIELD_NUMBER: builtins.int
+    POLL_CERTIFIED_FIELD_NUMBER: builtins.int
+    CERTIFICATION_FAILED_FIELD_NUMBER: builtins.int
     poll_id: builtins.str
     """poll_id is the poll that changed; a UUID."""
     version: builtins.int
@@ -57,6 +63,30 @@ class Event(message.Message):
     def poll_closed(self) -> PollClosed:
         """poll_closed: no vote is accepted after this version."""
 
+    @builtins.property
+    def poll_updated(self) -> PollUpdated:
+        """poll_updated: the draft is another one now."""
+
+    @builtins.property
+    def poll_cancelled(self) -> PollCancelled:
+        """poll_cancelled: no vote is accepted after this version."""
+
+    @builtins.property
+    def voters_registered(self) -> VotersRegistered:
+        """voters_registered: the electoral roll grew."""
+
+    @builtins.property
+    def certification_requested(self) -> CertificationRequested:
+        """certification_requested: a recount was asked for."""
+
+    @builtins.property
+    def poll_certified(self) -> PollCertified:
+        """poll_certified: the recount agreed with the log."""
+
+    @builtins.property
+    def certification_failed(self) -> CertificationFailed:
+        """certification_failed: the recount did not agree with the log."""
+
     def __init__(
         self,
         *,
@@ -67,12 +97,18 @@ class Event(message.Message):
         poll_opened: PollOpened | None = ...,
         votes_cast: VotesCast | None = ...,
         poll_closed: PollClosed | None = ...,
+        poll_updated: PollUpdated | None = ...,
+        poll_cancelled: PollCancelled | None = ...,
+        voters_registered: VotersRegistered | None = ...,
+        certification_requested: CertificationRequested | None = ...,
+        poll_certified: PollCertified | None = ...,
+        certification_failed: CertificationFailed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["change", b"change", "poll_closed", b"poll_closed", "poll_created", b"poll_created", "poll_opened", b"poll_opened", "recorded_at", b"recorded_at", "votes_cast", b"votes_cast"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["certification_failed", b"certification_failed", "certification_requested", b"certification_requested", "change", b"change", "poll_cancelled", b"poll_cancelled", "poll_certified", b"poll_certified", "poll_closed", b"poll_closed", "poll_created", b"poll_created", "poll_opened", b"poll_opened", "poll_updated", b"poll_updated", "recorded_at", b"recorded_at", "voters_registered", b"voters_registered", "votes_cast", b"votes_cast"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["change", b"change", "poll_closed", b"poll_closed", "poll_created", b"poll_created", "poll_id", b"poll_id", "poll_opened", b"poll_opened", "recorded_at", b"recorded_at", "version", b"version", "votes_cast", b"votes_cast"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["certification_failed", b"certification_failed", "certification_requested", b"certification_requested", "change", b"change", "poll_cancelled", b"poll_cancelled", "poll_certified", b"poll_certified", "poll_closed", b"poll_closed", "poll_created", b"poll_created", "poll_id", b"poll_id", "poll_opened", b"poll_opened", "poll_updated", b"poll_updated", "recorded_at", b"recorded_at", "version", b"version", "voters_registered", b"voters_registered", "votes_cast", b"votes_cast"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_change: _TypeAlias = typing.Literal["poll_created", "poll_opened", "votes_cast", "poll_closed"]  # noqa: Y015
+    _WhichOneofReturnType_change: _TypeAlias = typing.Literal["poll_created", "poll_opened", "votes_cast", "poll_closed", "poll_updated", "poll_cancelled", "voters_registered", "certification_requested", "poll_certified", "certification_failed"]  # noqa: Y015
     _WhichOneofArgType_change: _TypeAlias = typing.Literal["change", b"change"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_change) -> _WhichOneofReturnType_change | None: ...
 
@@ -86,6 +122,28 @@ class PollCreated(message.Message):
     @builtins.property
     def poll(self) -> poll_pb2.PollSpec:
         """poll is what was asked for."""
+
+    def __init__(
+        self,
+        *,
+        poll: poll_pb2.PollSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["poll", b"poll"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["poll", b"poll"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PollUpdated(message.Message):
+    """PollUpdated replaces what a draft is."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    POLL_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def poll(self) -> poll_pb2.PollSpec:
+        """poll is the whole of what the poll is from now on."""
 
     def __init__(
         self,
@@ -129,21 +187,171 @@ class PollClosed(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
+class PollCancelled(message.Message):
+    """PollCancelled moves a poll from DRAFT or OPEN to CANCELLED."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class VotersRegistered(message.Message):
+    """VotersRegistered adds voters to the electoral roll. Who they are is not published."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    VOTERS_FIELD_NUMBER: builtins.int
+    WEIGHT_FIELD_NUMBER: builtins.int
+    voters: builtins.int
+    """voters is how many were added."""
+    weight: builtins.int
+    """weight is the sum of their weights."""
+    def __init__(
+        self,
+        *,
+        voters: builtins.int = ...,
+        weight: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["voters", b"voters", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class CertificationRequested(message.Message):
+    """CertificationRequested starts the recount of a CLOSED poll."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PollCertified(message.Message):
+    """PollCertified moves a poll from CLOSED to CERTIFIED."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    RECOUNT_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def recount(self) -> Recount:
+        """recount is what was counted, from the votes themselves."""
+
+    def __init__(
+        self,
+        *,
+        recount: Recount | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["recount", b"recount"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["recount", b"recount"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class CertificationFailed(message.Message):
+    """CertificationFailed leaves the poll CLOSED: the votes and the log tell different things, and somebody must look."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    RECOUNT_FIELD_NUMBER: builtins.int
+    LOG_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def recount(self) -> Recount:
+        """recount is what was counted, from the votes themselves."""
+
+    @builtins.property
+    def log(self) -> Recount:
+        """log is what the events add up to."""
+
+    def __init__(
+        self,
+        *,
+        recount: Recount | None = ...,
+        log: Recount | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["log", b"log", "recount", b"recount"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["log", b"log", "recount", b"recount"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Recount(message.Message):
+    """Recount is what a poll's votes come to."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    COUNTS_FIELD_NUMBER: builtins.int
+    TOTAL_VOTES_FIELD_NUMBER: builtins.int
+    total_votes: builtins.int
+    """total_votes is the number of counted votes, one for each voter."""
+    @builtins.property
+    def counts(self) -> containers.RepeatedScalarFieldContainer[builtins.int]:
+        """counts has one number for each option, in the poll's order."""
+
+    def __init__(
+        self,
+        *,
+        counts: abc.Iterable[builtins.int] | None = ...,
+        total_votes: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["counts", b"counts", "total_votes", b"total_votes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
 class VotesCast(message.Message):
-    """VotesCast is all votes of one commit in one poll: the i-th voter key belongs to the i-th option number."""
+    """VotesCast is all votes of one commit in one poll."""
 
     DESCRIPTOR: descriptor.Descriptor
 
     BATCH_ID_FIELD_NUMBER: builtins.int
     VOTER_KEYS_FIELD_NUMBER: builtins.int
     OPTION_NUMBERS_FIELD_NUMBER: builtins.int
+    CHOICES_FIELD_NUMBER: builtins.int
+    WEIGHTS_FIELD_NUMBER: builtins.int
+    REPLACED_FIELD_NUMBER: builtins.int
+    COUNT_CHANGES_FIELD_NUMBER: builtins.int
     batch_id: builtins.int
     """batch_id is what the rows of these votes in the write database carry."""
     voter_keys: builtins.bytes
     """voter_keys are the keyed hashes of the voters, 16 bytes each, ascending, without separators."""
+    replaced: builtins.int
+    """replaced is how many of these votes take the place of the same voter's earlier vote."""
     @builtins.property
     def option_numbers(self) -> containers.RepeatedScalarFieldContainer[builtins.int]:
-        """option_numbers are the chosen options: places in PollSpec.options, from 0."""
+        """option_numbers are the chosen options, vote after vote: places in PollSpec.options, from 0."""
+
+    @builtins.property
+    def choices(self) -> containers.RepeatedScalarFieldContainer[builtins.int]:
+        """choices is how many of option_numbers belong to each vote. Empty: one each."""
+
+    @builtins.property
+    def weights(self) -> containers.RepeatedScalarFieldContainer[builtins.int]:
+        """weights is what each vote counts. Empty: 1 each."""
+
+    @builtins.property
+    def count_changes(self) -> containers.RepeatedCompositeFieldContainer[CountChange]:
+        """count_changes is what all this does to the counts of the poll, superseded votes taken off. Empty: each of
+        option_numbers adds 1.
+        """
 
     def __init__(
         self,
@@ -151,9 +359,37 @@ class VotesCast(message.Message):
         batch_id: builtins.int = ...,
         voter_keys: builtins.bytes = ...,
         option_numbers: abc.Iterable[builtins.int] | None = ...,
+        choices: abc.Iterable[builtins.int] | None = ...,
+        weights: abc.Iterable[builtins.int] | None = ...,
+        replaced: builtins.int = ...,
+        count_changes: abc.Iterable[CountChange] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["batch_id", b"batch_id", "option_numbers", b"option_numbers", "voter_keys", b"voter_keys"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["batch_id", b"batch_id", "choices", b"choices", "count_changes", b"count_changes", "option_numbers", b"option_numbers", "replaced", b"replaced", "voter_keys", b"voter_keys", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class CountChange(message.Message):
+    """CountChange is what an event does to the count of one option."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    OPTION_NUMBER_FIELD_NUMBER: builtins.int
+    CHANGE_FIELD_NUMBER: builtins.int
+    option_number: builtins.int
+    """option_number is the option: its place in PollSpec.options, from 0."""
+    change: builtins.int
+    """change is what to add to the option's count; below 0 where votes were changed to other options."""
+    def __init__(
+        self,
+        *,
+        option_number: builtins.int = ...,
+        change: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["change", b"change", "option_number", b"option_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

@@ -62,6 +62,10 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 12
     """ERROR_REASON_INTERNAL: a defect of the server; INTERNAL. The server's log has the details."""
+    ERROR_REASON_POLL_NOT_CLOSED: _ErrorReason.ValueType  # 13
+    """ERROR_REASON_POLL_NOT_CLOSED: the poll is not CLOSED; FAILED_PRECONDITION. Example: CertifyPoll on an open poll."""
+    ERROR_REASON_VOTER_NOT_ELIGIBLE: _ErrorReason.ValueType  # 14
+    """ERROR_REASON_VOTER_NOT_ELIGIBLE: the voter is not on the poll's electoral roll; PERMISSION_DENIED."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason says why a call failed. The name without its prefix is the `reason` of the `google.rpc.ErrorInfo`
@@ -108,3 +112,7 @@ a `google.rpc.RetryInfo`. The write itself stands.
 """
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 12
 """ERROR_REASON_INTERNAL: a defect of the server; INTERNAL. The server's log has the details."""
+ERROR_REASON_POLL_NOT_CLOSED: ErrorReason.ValueType  # 13
+"""ERROR_REASON_POLL_NOT_CLOSED: the poll is not CLOSED; FAILED_PRECONDITION. Example: CertifyPoll on an open poll."""
+ERROR_REASON_VOTER_NOT_ELIGIBLE: ErrorReason.ValueType  # 14
+"""ERROR_REASON_VOTER_NOT_ELIGIBLE: the voter is not on the poll's electoral roll; PERMISSION_DENIED."""

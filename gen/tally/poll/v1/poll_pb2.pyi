@@ -20,6 +20,29 @@ else:
 
 DESCRIPTOR: descriptor.FileDescriptor
 
+class _Eligibility:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EligibilityEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Eligibility.ValueType], builtins.type):
+    DESCRIPTOR: descriptor.EnumDescriptor
+    ELIGIBILITY_UNSPECIFIED: _Eligibility.ValueType  # 0
+    """ELIGIBILITY_UNSPECIFIED means OPEN."""
+    ELIGIBILITY_OPEN: _Eligibility.ValueType  # 1
+    """ELIGIBILITY_OPEN lets every voter_id vote, with weight 1."""
+    ELIGIBILITY_ROLL: _Eligibility.ValueType  # 2
+    """ELIGIBILITY_ROLL lets only voters of the poll's electoral roll vote (RegisterVoters), each with the roll's weight."""
+
+class Eligibility(_Eligibility, metaclass=_EligibilityEnumTypeWrapper):
+    """Eligibility is who may vote in a poll."""
+
+ELIGIBILITY_UNSPECIFIED: Eligibility.ValueType  # 0
+"""ELIGIBILITY_UNSPECIFIED means OPEN."""
+ELIGIBILITY_OPEN: Eligibility.ValueType  # 1
+"""ELIGIBILITY_OPEN lets every voter_id vote, with weight 1."""
+ELIGIBILITY_ROLL: Eligibility.ValueType  # 2
+"""ELIGIBILITY_ROLL lets only voters of the poll's electoral roll vote (RegisterVoters), each with the roll's weight."""
+
 class _VotingMethod:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -30,6 +53,8 @@ class _VotingMethodEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_VotingMet
     """VOTING_METHOD_UNSPECIFIED is not a method; a poll with it is refused."""
     VOTING_METHOD_SINGLE_CHOICE: _VotingMethod.ValueType  # 1
     """VOTING_METHOD_SINGLE_CHOICE lets a voter choose exactly one option; the option with the most votes leads."""
+    VOTING_METHOD_APPROVAL: _VotingMethod.ValueType  # 2
+    """VOTING_METHOD_APPROVAL lets a voter choose one or more options, up to max_choices; each counts."""
 
 class VotingMethod(_VotingMethod, metaclass=_VotingMethodEnumTypeWrapper):
     """VotingMethod is how a vote is marked and counted."""
@@ -38,6 +63,8 @@ VOTING_METHOD_UNSPECIFIED: VotingMethod.ValueType  # 0
 """VOTING_METHOD_UNSPECIFIED is not a method; a poll with it is refused."""
 VOTING_METHOD_SINGLE_CHOICE: VotingMethod.ValueType  # 1
 """VOTING_METHOD_SINGLE_CHOICE lets a voter choose exactly one option; the option with the most votes leads."""
+VOTING_METHOD_APPROVAL: VotingMethod.ValueType  # 2
+"""VOTING_METHOD_APPROVAL lets a voter choose one or more options, up to max_choices; each counts."""
 
 class _PollState:
     ValueType = typing.NewType("ValueType", builtins.int)
@@ -53,9 +80,15 @@ class _PollStateEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_PollState.Va
     """POLL_STATE_OPEN takes votes."""
     POLL_STATE_CLOSED: _PollState.ValueType  # 3
     """POLL_STATE_CLOSED takes no more votes; its counts are final."""
+    POLL_STATE_CERTIFIED: _PollState.ValueType  # 4
+    """POLL_STATE_CERTIFIED is closed, and a recount of the votes themselves agreed with the event log."""
+    POLL_STATE_CANCELLED: _PollState.ValueType  # 5
+    """POLL_STATE_CANCELLED was given up before it was closed; its counts decide nothing."""
 
 class PollState(_PollState, metaclass=_PollStateEnumTypeWrapper):
-    """PollState is where a poll is in its life: DRAFT, then OPEN, then CLOSED; it never goes back."""
+    """PollState is where a poll is in its life: DRAFT, OPEN, CLOSED, CERTIFIED, in this order; or CANCELLED, from DRAFT or
+    OPEN. It never goes back.
+    """
 
 POLL_STATE_UNSPECIFIED: PollState.ValueType  # 0
 """POLL_STATE_UNSPECIFIED is never the state of a poll."""
@@ -65,6 +98,10 @@ POLL_STATE_OPEN: PollState.ValueType  # 2
 """POLL_STATE_OPEN takes votes."""
 POLL_STATE_CLOSED: PollState.ValueType  # 3
 """POLL_STATE_CLOSED takes no more votes; its counts are final."""
+POLL_STATE_CERTIFIED: PollState.ValueType  # 4
+"""POLL_STATE_CERTIFIED is closed, and a recount of the votes themselves agreed with the event log."""
+POLL_STATE_CANCELLED: PollState.ValueType  # 5
+"""POLL_STATE_CANCELLED was given up before it was closed; its counts decide nothing."""
 
 @typing.final
 class PollSpec(message.Message):
@@ -76,15 +113,36 @@ class PollSpec(message.Message):
     DESCRIPTION_FIELD_NUMBER: builtins.int
     OPTIONS_FIELD_NUMBER: builtins.int
     METHOD_FIELD_NUMBER: builtins.int
+    MAX_CHOICES_FIELD_NUMBER: builtins.int
+    OPENS_AT_FIELD_NUMBER: builtins.int
+    CLOSES_AT_FIELD_NUMBER: builtins.int
+    ALLOW_VOTE_CHANGE_FIELD_NUMBER: builtins.int
+    ELIGIBILITY_FIELD_NUMBER: builtins.int
     title: builtins.str
     """title is what voters are asked; 1 to 200 characters."""
     description: builtins.str
     """description explains the poll to voters; up to 5,000 characters, may be empty."""
     method: VotingMethod.ValueType
     """method is how a vote is marked and counted."""
+    max_choices: builtins.int
+    """max_choices is the most options that one vote may mark in an APPROVAL poll; 0: as many as there are."""
+    allow_vote_change: builtins.bool
+    """allow_vote_change lets a voter vote again with other choices: the last vote counts, the earlier one is superseded."""
+    eligibility: Eligibility.ValueType
+    """eligibility is who may vote. Unspecified is OPEN."""
     @builtins.property
     def options(self) -> containers.RepeatedCompositeFieldContainer[PollOption]:
         """options are what a voter can choose, in the order in which results list them; 2 to 1,000, each option_id once."""
+
+    @builtins.property
+    def opens_at(self) -> timestamp_pb2.Timestamp:
+        """opens_at is when the poll opens by itself; absent: it is opened by OpenPoll, which may also come before opens_at."""
+
+    @builtins.property
+    def closes_at(self) -> timestamp_pb2.Timestamp:
+        """closes_at is when the poll takes no more votes, by the write database's clock, and is closed by itself; absent: it is
+        closed by ClosePoll, which may also come before closes_at.
+        """
 
     def __init__(
         self,
@@ -93,10 +151,15 @@ class PollSpec(message.Message):
         description: builtins.str = ...,
         options: abc.Iterable[PollOption] | None = ...,
         method: VotingMethod.ValueType = ...,
+        max_choices: builtins.int = ...,
+        opens_at: timestamp_pb2.Timestamp | None = ...,
+        closes_at: timestamp_pb2.Timestamp | None = ...,
+        allow_vote_change: builtins.bool = ...,
+        eligibility: Eligibility.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["closes_at", b"closes_at", "opens_at", b"opens_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["description", b"description", "method", b"method", "options", b"options", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["allow_vote_change", b"allow_vote_change", "closes_at", b"closes_at", "description", b"description", "eligibility", b"eligibility", "max_choices", b"max_choices", "method", b"method", "opens_at", b"opens_at", "options", b"options", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -137,9 +200,11 @@ class VoteReceipt(message.Message):
     poll_id: builtins.str
     """poll_id is the poll that was voted in; a UUID."""
     receipt_id: builtins.str
-    """receipt_id is opaque, and the same on every retry of the same vote."""
+    """receipt_id is opaque, and the same for every vote of this voter in this poll."""
     version: builtins.int
-    """version is the version of the poll that counts this vote for the first time."""
+    """version is the version of the poll that counts this vote for the first time. Where votes can be changed, it tells
+    which one counts: the one with the highest version.
+    """
     @builtins.property
     def recorded_at(self) -> timestamp_pb2.Timestamp:
         """recorded_at is when the vote was recorded, by the write database's clock."""

@@ -28,7 +28,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from tally.poll.v1 import poll_pb2 as tally_dot_poll_dot_v1_dot_poll__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"tally/query/v1/query_service.proto\x12\x0etally.query.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18tally/poll/v1/poll.proto\"P\n\x0eGetPollRequest\x12\x19\n\x07poll_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12#\n\x11\x61t_least_as_fresh\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"5\n\x0fGetPollResponse\x12\"\n\x04poll\x18\x01 \x01(\x0b\x32\x14.tally.query.v1.Poll\"\xdc\x02\n\x04Poll\x12\x0f\n\x07poll_id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12*\n\x07options\x18\x04 \x03(\x0b\x32\x19.tally.poll.v1.PollOption\x12+\n\x06method\x18\x05 \x01(\x0e\x32\x1b.tally.poll.v1.VotingMethod\x12\'\n\x05state\x18\x06 \x01(\x0e\x32\x18.tally.poll.v1.PollState\x12\x0f\n\x07version\x18\x07 \x01(\x03\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\topened_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tclosed_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x82\x01\n\x10ListPollsRequest\x12\x31\n\x05state\x18\x01 \x01(\x0e\x32\x18.tally.poll.v1.PollStateB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1d\n\tpage_size\x18\x02 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"Q\n\x11ListPollsResponse\x12#\n\x05polls\x18\x01 \x03(\x0b\x32\x14.tally.query.v1.Poll\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"S\n\x11GetResultsRequest\x12\x19\n\x07poll_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12#\n\x11\x61t_least_as_fresh\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\">\n\x12GetResultsResponse\x12(\n\x07results\x18\x01 \x01(\x0b\x32\x17.tally.query.v1.Results\"\xf0\x01\n\x07Results\x12\x0f\n\x07poll_id\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.tally.poll.v1.PollState\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12+\n\x06\x63ounts\x18\x04 \x03(\x0b\x32\x1b.tally.query.v1.OptionCount\x12\x13\n\x0btotal_votes\x18\x05 \x01(\x03\x12)\n\x05\x61s_of\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x06source\x18\x07 \x01(\x0e\x32\x1d.tally.query.v1.ResultsSource\">\n\x0bOptionCount\x12\x11\n\toption_id\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x03\"\xa0\x01\n\x13WatchResultsRequest\x12%\n\x08poll_ids\x18\x01 \x03(\tB\x13\xbaH\x10\x92\x01\r\x08\x01\x10\x64\x18\x01\"\x05r\x03\xb0\x01\x01\x12=\n\x0cmin_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0c\xbaH\t\xaa\x01\x06\"\x02\x08<2\x00\x12#\n\x11\x61t_least_as_fresh\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"@\n\x14WatchResultsResponse\x12(\n\x07results\x18\x01 \x01(\x0b\x32\x17.tally.query.v1.Results\"n\n\x0eGetVoteRequest\x12\x19\n\x07poll_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1c\n\x08voter_id\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02\x12#\n\x11\x61t_least_as_fresh\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\">\n\x0fGetVoteResponse\x12+\n\x07receipt\x18\x01 \x01(\x0b\x32\x1a.tally.poll.v1.VoteReceipt*p\n\rResultsSource\x12\x1e\n\x1aRESULTS_SOURCE_UNSPECIFIED\x10\x00\x12\x1d\n\x19RESULTS_SOURCE_LIVE_CACHE\x10\x01\x12 \n\x1cRESULTS_SOURCE_READ_DATABASE\x10\x02\x32\xaa\x03\n\x0cQueryService\x12J\n\x07GetPoll\x12\x1e.tally.query.v1.GetPollRequest\x1a\x1f.tally.query.v1.GetPollResponse\x12P\n\tListPolls\x12 .tally.query.v1.ListPollsRequest\x1a!.tally.query.v1.ListPollsResponse\x12S\n\nGetResults\x12!.tally.query.v1.GetResultsRequest\x1a\".tally.query.v1.GetResultsResponse\x12[\n\x0cWatchResults\x12#.tally.query.v1.WatchResultsRequest\x1a$.tally.query.v1.WatchResultsResponse0\x01\x12J\n\x07GetVote\x12\x1e.tally.query.v1.GetVoteRequest\x1a\x1f.tally.query.v1.GetVoteResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"tally/query/v1/query_service.proto\x12\x0etally.query.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18tally/poll/v1/poll.proto\"P\n\x0eGetPollRequest\x12\x19\n\x07poll_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12#\n\x11\x61t_least_as_fresh\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"5\n\x0fGetPollResponse\x12\"\n\x04poll\x18\x01 \x01(\x0b\x32\x14.tally.query.v1.Poll\"\x9a\x04\n\x04Poll\x12\x0f\n\x07poll_id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12*\n\x07options\x18\x04 \x03(\x0b\x32\x19.tally.poll.v1.PollOption\x12+\n\x06method\x18\x05 \x01(\x0e\x32\x1b.tally.poll.v1.VotingMethod\x12\'\n\x05state\x18\x06 \x01(\x0e\x32\x18.tally.poll.v1.PollState\x12\x0f\n\x07version\x18\x07 \x01(\x03\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\topened_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tclosed_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bmax_choices\x18\x0b \x01(\r\x12,\n\x08opens_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tcloses_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x11\x61llow_vote_change\x18\x0e \x01(\x08\x12/\n\x0b\x65ligibility\x18\x0f \x01(\x0e\x32\x1a.tally.poll.v1.Eligibility\"\x82\x01\n\x10ListPollsRequest\x12\x31\n\x05state\x18\x01 \x01(\x0e\x32\x18.tally.poll.v1.PollStateB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1d\n\tpage_size\x18\x02 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"Q\n\x11ListPollsResponse\x12#\n\x05polls\x18\x01 \x03(\x0b\x32\x14.tally.query.v1.Poll\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"S\n\x11GetResultsRequest\x12\x19\n\x07poll_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12#\n\x11\x61t_least_as_fresh\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\">\n\x12GetResultsResponse\x12(\n\x07results\x18\x01 \x01(\x0b\x32\x17.tally.query.v1.Results\"\xbf\x02\n\x07Results\x12\x0f\n\x07poll_id\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.tally.poll.v1.PollState\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12+\n\x06\x63ounts\x18\x04 \x03(\x0b\x32\x1b.tally.query.v1.OptionCount\x12\x13\n\x0btotal_votes\x18\x05 \x01(\x03\x12)\n\x05\x61s_of\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x06source\x18\x07 \x01(\x0e\x32\x1d.tally.query.v1.ResultsSource\x12\x17\n\x0f\x65ligible_voters\x18\x08 \x01(\x03\x12\x34\n\rcertification\x18\t \x01(\x0b\x32\x1d.tally.query.v1.Certification\"\x93\x01\n\rCertification\x12\x30\n\x0c\x63\x65rtified_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x06\x63ounts\x18\x02 \x03(\x0b\x32\x1b.tally.query.v1.OptionCount\x12\x13\n\x0btotal_votes\x18\x03 \x01(\x03\x12\x0e\n\x06\x61greed\x18\x04 \x01(\x08\">\n\x0bOptionCount\x12\x11\n\toption_id\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x03\"\xa0\x01\n\x13WatchResultsRequest\x12%\n\x08poll_ids\x18\x01 \x03(\tB\x13\xbaH\x10\x92\x01\r\x08\x01\x10\x64\x18\x01\"\x05r\x03\xb0\x01\x01\x12=\n\x0cmin_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0c\xbaH\t\xaa\x01\x06\"\x02\x08<2\x00\x12#\n\x11\x61t_least_as_fresh\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"@\n\x14WatchResultsResponse\x12(\n\x07results\x18\x01 \x01(\x0b\x32\x17.tally.query.v1.Results\"n\n\x0eGetVoteRequest\x12\x19\n\x07poll_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1c\n\x08voter_id\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02\x12#\n\x11\x61t_least_as_fresh\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\">\n\x0fGetVoteResponse\x12+\n\x07receipt\x18\x01 \x01(\x0b\x32\x1a.tally.poll.v1.VoteReceipt*p\n\rResultsSource\x12\x1e\n\x1aRESULTS_SOURCE_UNSPECIFIED\x10\x00\x12\x1d\n\x19RESULTS_SOURCE_LIVE_CACHE\x10\x01\x12 \n\x1cRESULTS_SOURCE_READ_DATABASE\x10\x02\x32\xaa\x03\n\x0cQueryService\x12J\n\x07GetPoll\x12\x1e.tally.query.v1.GetPollRequest\x1a\x1f.tally.query.v1.GetPollResponse\x12P\n\tListPolls\x12 .tally.query.v1.ListPollsRequest\x1a!.tally.query.v1.ListPollsResponse\x12S\n\nGetResults\x12!.tally.query.v1.GetResultsRequest\x1a\".tally.query.v1.GetResultsResponse\x12[\n\x0cWatchResults\x12#.tally.query.v1.WatchResultsRequest\x1a$.tally.query.v1.WatchResultsResponse0\x01\x12J\n\x07GetVote\x12\x1e.tally.query.v1.GetVoteRequest\x1a\x1f.tally.query.v1.GetVoteResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -61,34 +61,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETVOTEREQUEST'].fields_by_name['voter_id']._serialized_options = b'\272H\007r\005\020\001\030\200\002'
   _globals['_GETVOTEREQUEST'].fields_by_name['at_least_as_fresh']._loaded_options = None
   _globals['_GETVOTEREQUEST'].fields_by_name['at_least_as_fresh']._serialized_options = b'\272H\005r\003\030\310\001'
-  _globals['_RESULTSSOURCE']._serialized_start=1739
-  _globals['_RESULTSSOURCE']._serialized_end=1851
+  _globals['_RESULTSSOURCE']._serialized_start=2158
+  _globals['_RESULTSSOURCE']._serialized_end=2270
   _globals['_GETPOLLREQUEST']._serialized_start=174
   _globals['_GETPOLLREQUEST']._serialized_end=254
   _globals['_GETPOLLRESPONSE']._serialized_start=256
   _globals['_GETPOLLRESPONSE']._serialized_end=309
   _globals['_POLL']._serialized_start=312
-  _globals['_POLL']._serialized_end=660
-  _globals['_LISTPOLLSREQUEST']._serialized_start=663
-  _globals['_LISTPOLLSREQUEST']._serialized_end=793
-  _globals['_LISTPOLLSRESPONSE']._serialized_start=795
-  _globals['_LISTPOLLSRESPONSE']._serialized_end=876
-  _globals['_GETRESULTSREQUEST']._serialized_start=878
-  _globals['_GETRESULTSREQUEST']._serialized_end=961
-  _globals['_GETRESULTSRESPONSE']._serialized_start=963
-  _globals['_GETRESULTSRESPONSE']._serialized_end=1025
-  _globals['_RESULTS']._serialized_start=1028
-  _globals['_RESULTS']._serialized_end=1268
-  _globals['_OPTIONCOUNT']._serialized_start=1270
-  _globals['_OPTIONCOUNT']._serialized_end=1332
-  _globals['_WATCHRESULTSREQUEST']._serialized_start=1335
-  _globals['_WATCHRESULTSREQUEST']._serialized_end=1495
-  _globals['_WATCHRESULTSRESPONSE']._serialized_start=1497
-  _globals['_WATCHRESULTSRESPONSE']._serialized_end=1561
-  _globals['_GETVOTEREQUEST']._serialized_start=1563
-  _globals['_GETVOTEREQUEST']._serialized_end=1673
-  _globals['_GETVOTERESPONSE']._serialized_start=1675
-  _globals['_GETVOTERESPONSE']._serialized_end=1737
-  _globals['_QUERYSERVICE']._serialized_start=1854
-  _globals['_QUERYSERVICE']._serialized_end=2280
+  _globals['_POLL']._serialized_end=850
+  _globals['_LISTPOLLSREQUEST']._serialized_start=853
+  _globals['_LISTPOLLSREQUEST']._serialized_end=983
+  _globals['_LISTPOLLSRESPONSE']._serialized_start=985
+  _globals['_LISTPOLLSRESPONSE']._serialized_end=1066
+  _globals['_GETRESULTSREQUEST']._serialized_start=1068
+  _globals['_GETRESULTSREQUEST']._serialized_end=1151
+  _globals['_GETRESULTSRESPONSE']._serialized_start=1153
+  _globals['_GETRESULTSRESPONSE']._serialized_end=1215
+  _globals['_RESULTS']._serialized_start=1218
+  _globals['_RESULTS']._serialized_end=1537
+  _globals['_CERTIFICATION']._serialized_start=1540
+  _globals['_CERTIFICATION']._serialized_end=1687
+  _globals['_OPTIONCOUNT']._serialized_start=1689
+  _globals['_OPTIONCOUNT']._serialized_end=1751
+  _globals['_WATCHRESULTSREQUEST']._serialized_start=1754
+  _globals['_WATCHRESULTSREQUEST']._serialized_end=1914
+  _globals['_WATCHRESULTSRESPONSE']._serialized_start=1916
+  _globals['_WATCHRESULTSRESPONSE']._serialized_end=1980
+  _globals['_GETVOTEREQUEST']._serialized_start=1982
+  _globals['_GETVOTEREQUEST']._serialized_end=2092
+  _globals['_GETVOTERESPONSE']._serialized_start=2094
+  _globals['_GETVOTERESPONSE']._serialized_end=2156
+  _globals['_QUERYSERVICE']._serialized_start=2273
+  _globals['_QUERYSERVICE']._serialized_end=2699
 # @@protoc_insertion_point(module_scope)

@@ -107,6 +107,11 @@ class Poll(message.Message):
     CREATED_AT_FIELD_NUMBER: builtins.int
     OPENED_AT_FIELD_NUMBER: builtins.int
     CLOSED_AT_FIELD_NUMBER: builtins.int
+    MAX_CHOICES_FIELD_NUMBER: builtins.int
+    OPENS_AT_FIELD_NUMBER: builtins.int
+    CLOSES_AT_FIELD_NUMBER: builtins.int
+    ALLOW_VOTE_CHANGE_FIELD_NUMBER: builtins.int
+    ELIGIBILITY_FIELD_NUMBER: builtins.int
     poll_id: builtins.str
     """poll_id names the poll; a UUID."""
     title: builtins.str
@@ -119,6 +124,12 @@ class Poll(message.Message):
     """state is where the poll is in its life."""
     version: builtins.int
     """version is the poll's latest event that this answer shows."""
+    max_choices: builtins.int
+    """max_choices is the most options that one vote may mark in an APPROVAL poll; 0: as many as there are."""
+    allow_vote_change: builtins.bool
+    """allow_vote_change tells whether a voter may vote again with other choices."""
+    eligibility: poll_pb2.Eligibility.ValueType
+    """eligibility is who may vote."""
     @builtins.property
     def options(self) -> containers.RepeatedCompositeFieldContainer[poll_pb2.PollOption]:
         """options are what a voter can choose, in order."""
@@ -133,7 +144,15 @@ class Poll(message.Message):
 
     @builtins.property
     def closed_at(self) -> timestamp_pb2.Timestamp:
-        """closed_at is when the poll was closed; absent before."""
+        """closed_at is when the poll was closed or cancelled; absent before."""
+
+    @builtins.property
+    def opens_at(self) -> timestamp_pb2.Timestamp:
+        """opens_at is when the poll opens by itself; absent: when it is told to."""
+
+    @builtins.property
+    def closes_at(self) -> timestamp_pb2.Timestamp:
+        """closes_at is when the poll closes by itself; absent: when it is told to."""
 
     def __init__(
         self,
@@ -148,10 +167,15 @@ class Poll(message.Message):
         created_at: timestamp_pb2.Timestamp | None = ...,
         opened_at: timestamp_pb2.Timestamp | None = ...,
         closed_at: timestamp_pb2.Timestamp | None = ...,
+        max_choices: builtins.int = ...,
+        opens_at: timestamp_pb2.Timestamp | None = ...,
+        closes_at: timestamp_pb2.Timestamp | None = ...,
+        allow_vote_change: builtins.bool = ...,
+        eligibility: poll_pb2.Eligibility.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["closed_at", b"closed_at", "created_at", b"created_at", "opened_at", b"opened_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["closed_at", b"closed_at", "closes_at", b"closes_at", "created_at", b"created_at", "opened_at", b"opened_at", "opens_at", b"opens_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["closed_at", b"closed_at", "created_at", b"created_at", "description", b"description", "method", b"method", "opened_at", b"opened_at", "options", b"options", "poll_id", b"poll_id", "state", b"state", "title", b"title", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["allow_vote_change", b"allow_vote_change", "closed_at", b"closed_at", "closes_at", b"closes_at", "created_at", b"created_at", "description", b"description", "eligibility", b"eligibility", "max_choices", b"max_choices", "method", b"method", "opened_at", b"opened_at", "opens_at", b"opens_at", "options", b"options", "poll_id", b"poll_id", "state", b"state", "title", b"title", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -268,6 +292,8 @@ class Results(message.Message):
     TOTAL_VOTES_FIELD_NUMBER: builtins.int
     AS_OF_FIELD_NUMBER: builtins.int
     SOURCE_FIELD_NUMBER: builtins.int
+    ELIGIBLE_VOTERS_FIELD_NUMBER: builtins.int
+    CERTIFICATION_FIELD_NUMBER: builtins.int
     poll_id: builtins.str
     """poll_id names the poll; a UUID."""
     state: poll_pb2.PollState.ValueType
@@ -275,9 +301,11 @@ class Results(message.Message):
     version: builtins.int
     """version is the poll's latest event that the counts include."""
     total_votes: builtins.int
-    """total_votes is the number of counted votes, one for each voter."""
+    """total_votes is the number of counted votes, one for each voter, whatever their weights and choices."""
     source: ResultsSource.ValueType
     """source is the store that the counts come from."""
+    eligible_voters: builtins.int
+    """eligible_voters is the number of voters on the electoral roll; 0 where eligibility is OPEN."""
     @builtins.property
     def counts(self) -> containers.RepeatedCompositeFieldContainer[OptionCount]:
         """counts has one entry for each option of the poll, in the poll's order."""
@@ -285,6 +313,10 @@ class Results(message.Message):
     @builtins.property
     def as_of(self) -> timestamp_pb2.Timestamp:
         """as_of is when the latest included event was recorded, by the write database's clock."""
+
+    @builtins.property
+    def certification(self) -> Certification:
+        """certification is the outcome of the final recount; absent before."""
 
     def __init__(
         self,
@@ -296,10 +328,50 @@ class Results(message.Message):
         total_votes: builtins.int = ...,
         as_of: timestamp_pb2.Timestamp | None = ...,
         source: ResultsSource.ValueType = ...,
+        eligible_voters: builtins.int = ...,
+        certification: Certification | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["as_of", b"as_of"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["as_of", b"as_of", "certification", b"certification"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["as_of", b"as_of", "counts", b"counts", "poll_id", b"poll_id", "source", b"source", "state", b"state", "total_votes", b"total_votes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["as_of", b"as_of", "certification", b"certification", "counts", b"counts", "eligible_voters", b"eligible_voters", "poll_id", b"poll_id", "source", b"source", "state", b"state", "total_votes", b"total_votes", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Certification(message.Message):
+    """Certification is the outcome of a recount of the votes themselves."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CERTIFIED_AT_FIELD_NUMBER: builtins.int
+    COUNTS_FIELD_NUMBER: builtins.int
+    TOTAL_VOTES_FIELD_NUMBER: builtins.int
+    AGREED_FIELD_NUMBER: builtins.int
+    total_votes: builtins.int
+    """total_votes is the recounted number of votes."""
+    agreed: builtins.bool
+    """agreed is true where the recount agrees with the event log, and so with the live counts. If it is false the poll is
+    not certified, and its counts are not to be relied on.
+    """
+    @builtins.property
+    def certified_at(self) -> timestamp_pb2.Timestamp:
+        """certified_at is when the recount ended, by the write database's clock."""
+
+    @builtins.property
+    def counts(self) -> containers.RepeatedCompositeFieldContainer[OptionCount]:
+        """counts are the recounted counts, in the poll's order."""
+
+    def __init__(
+        self,
+        *,
+        certified_at: timestamp_pb2.Timestamp | None = ...,
+        counts: abc.Iterable[OptionCount] | None = ...,
+        total_votes: builtins.int = ...,
+        agreed: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["certified_at", b"certified_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["agreed", b"agreed", "certified_at", b"certified_at", "counts", b"counts", "total_votes", b"total_votes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -317,7 +389,7 @@ class OptionCount(message.Message):
     label: builtins.str
     """label is what people see."""
     count: builtins.int
-    """count is how many votes the option has."""
+    """count is how many votes the option has, each with its voter's weight."""
     def __init__(
         self,
         *,

@@ -1,0 +1,132 @@
+"""The caretaker: opens and closes polls on time, and recounts those that are to be certified.
+
+Of all command servers one is the caretaker: the one whose session holds an advisory lock. What it does is decided under
+each poll's own lock like any command, so two of them, for a moment, would do nothing twice.
+"""
+
+import asyncio
+import time
+from typing import Any
+
+import asyncpg
+import structlog
+from prometheus_client import Counter, Gauge
+from tally.poll.v1.poll_pb2 import PollSpec
+
+from command_server.poll import (
+    CERTIFIED,
+    CLOSED,
+    DRAFT,
+    OPEN,
+    Change,
+    Poll,
+    certify,
+    close_poll,
+    is_past_closing,
+    is_past_opening,
+    open_poll,
+)
+from command_server.poll_log import append, lock
+from command_server.recount import fold_log, recount_votes
+from runtime.failpoints import failpoint
+from runtime.lifecycle import Backoff
+from runtime.postgres import UNAVAILABLE, queries
+
+log = structlog.get_logger()
+sql = queries(__package__)
+
+_LOCK = 0x74616C6C79_02
+_STANDBY_SECONDS = 0.5
+# How late a poll may open or close. A vote is never accepted late: the database's clock is asked for each batch.
+_LOOK_SECONDS = 0.2
+_STEP_SECONDS = 30.0
+
+_leads = Gauge("tally_caretaker_leads", "1 where this process opens, closes and recounts polls.")
+_late = Gauge("tally_caretaker_failures", "Failures in a row; 0 is healthy.")
+_recounts = Counter("tally_recounts", "Recounts that ended.", ["outcome"])
+_mismatches = Gauge("tally_recount_mismatch", "1 after a recount that did not agree with the event log.", ["poll_id"])
+
+
+class Caretaker:
+    """Does what is due in all polls, while it leads."""
+
+    def __init__(self, write_dsn: str, pool: "asyncpg.Pool[Any]") -> None:
+        self._write_dsn = write_dsn
+        self._pool = pool
+
+    async def run(self) -> None:
+        """Leads or stands by, until it is cancelled."""
+        backoff = Backoff(longest=2.0)
+        while True:
+            started = time.monotonic()
+            try:
+                await self._session()
+            except* (*UNAVAILABLE, asyncpg.PostgresError) as failures:
+                if time.monotonic() - started > 10:
+                    backoff.reset()
+                _late.set(backoff.failures + 1)
+                log.warning("taking care of polls failed", errors=[repr(error) for error in failures.exceptions])
+                await backoff.wait()
+
+    async def _session(self) -> None:
+        connection = await asyncpg.connect(self._write_dsn, timeout=5, command_timeout=10)
+        try:
+            while not await connection.fetchval(sql.lead, _LOCK):
+                await asyncio.sleep(_STANDBY_SECONDS)
+            log.info("taking care of polls")
+            _leads.set(1)
+            _late.set(0)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._keep_time(connection))
+                tasks.create_task(self._recount())
+        finally:
+            _leads.set(0)
+            connection.terminate()
+
+    async def _keep_time(self, connection: asyncpg.Connection) -> None:
+        # On the connection that holds the lock: when it is lost, so is the lead, and the loop ends.
+        while True:
+            for row in await connection.fetch(sql.due_polls):
+                async with asyncio.timeout(_STEP_SECONDS), connection.transaction():
+                    locked = await lock(connection, row["poll_id"])
+                    change = _due(locked.poll)
+                    if change is not None:
+                        await append(connection, locked, change)
+                        log.info("on time", poll_id=str(row["poll_id"]), state=change.state)
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _recount(self) -> None:
+        while True:
+            due = await self._pool.fetchrow(sql.next_recount)
+            if due is None:
+                await asyncio.sleep(_LOOK_SECONDS)
+                continue
+            poll_id, poll_no, options = due["poll_id"], due["poll_no"], len(PollSpec.FromString(due["spec"]).options)
+            recount = await recount_votes(self._pool, poll_no, options)
+            folded = await fold_log(self._pool, poll_no, options)
+            failpoint("caretaker.before_certified")
+            async with asyncio.timeout(_STEP_SECONDS), self._pool.acquire() as connection, connection.transaction():
+                locked = await lock(connection, poll_id)
+                await connection.execute(sql.end_recount, poll_no)
+                if locked.poll.state != CLOSED:
+                    continue
+                change = certify(recount, folded)(locked.poll)
+                await append(connection, locked, change)
+            agreed = change.state == CERTIFIED
+            _recounts.labels("agreed" if agreed else "mismatch").inc()
+            if agreed:
+                log.info("certified", poll_id=str(poll_id), votes=recount.total_votes)
+            else:
+                _mismatches.labels(str(poll_id)).set(1)
+                log.error(
+                    "the votes and the event log differ", poll_id=str(poll_id), votes=str(recount), log=str(folded)
+                )
+
+
+def _due(poll: Poll) -> Change | None:
+    """What a poll's times ask for; nothing where somebody was faster."""
+    if poll.state == DRAFT and is_past_opening(poll) and not is_past_closing(poll):
+        return open_poll(poll)
+    if poll.state == OPEN and is_past_closing(poll):
+        return close_poll(poll)
+    return None

@@ -1,0 +1,46 @@
+"""The final recount: what a poll's votes come to, beside what its event log adds up to."""
+
+from collections import Counter
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+from tally.event.v1.event_pb2 import Event, Recount
+
+from command_server.ballots import option_numbers
+from contracts.counting import added_votes, count_changes
+from runtime.postgres import queries
+
+sql = queries(__package__)
+
+# Read by pages, so that no statement is long and memory does not depend on the size of the poll.
+_VOTES_OF_A_PAGE = 200_000
+_BYTES_OF_A_PAGE = 4 << 20
+_NO_VOTER = UUID(int=0)
+
+
+async def recount_votes(pool: "asyncpg.Pool[Any]", poll_no: int, options: int) -> Recount:
+    """Counts the votes of a closed poll from the votes themselves, each with its voter's weight."""
+    counts, total, last_voter = Counter[int](), 0, _NO_VOTER
+    while page := await pool.fetch(sql.recount_votes, poll_no, last_voter, _VOTES_OF_A_PAGE):
+        for row in page:
+            total += row["votes"]
+            for number in option_numbers(row["choices"]):
+                counts[number] += int(row["weight"])
+        last_voter = page[0]["last_voter"]
+    return Recount(counts=[counts[number] for number in range(options)], total_votes=total)
+
+
+async def fold_log(pool: "asyncpg.Pool[Any]", poll_no: int, options: int) -> Recount:
+    """Adds up the events of a closed poll."""
+    counts, total, version, limit = Counter[int](), 0, 0, 1
+    while page := await pool.fetch(sql.read_events, poll_no, version, limit):
+        for row in page:
+            cast = Event.FromString(row["payload"]).votes_cast
+            total += added_votes(cast)
+            counts.update(count_changes(cast))
+        version = page[-1]["version"]
+        # The next page has about as many bytes as one may have, if its events are like these.
+        size = sum(len(row["payload"]) for row in page) / len(page)
+        limit = max(1, min(int(_BYTES_OF_A_PAGE / max(size, 1)), 10 * limit))
+    return Recount(counts=[counts[number] for number in range(options)], total_votes=total)

@@ -1,0 +1,447 @@
+"""Approval, vote changes, electoral rolls, opening and closing on time, and the final recount."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import grpc
+import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.timestamp_pb2 import Timestamp
+from tally.command.v1 import command_service_pb2 as pb
+from tally.event.v1.event_pb2 import Event
+from tally.poll.v1.error_reason_pb2 import ErrorReason
+from tally.poll.v1.poll_pb2 import (
+    ELIGIBILITY_ROLL,
+    VOTING_METHOD_APPROVAL,
+    VOTING_METHOD_SINGLE_CHOICE,
+    PollOption,
+    PollSpec,
+)
+
+from command_server.ballots import option_numbers
+from contracts import freshness
+from contracts.counting import added_votes, count_changes
+from tests.servers import command_server, refused, sql
+
+if TYPE_CHECKING:
+    from tally.command.v1.command_service_pb2_grpc import CommandServiceAsyncStub
+
+OPTIONS = ("a", "b", "c", "d")
+
+
+@pytest.fixture
+async def server(write_dsn: str) -> AsyncIterator[CommandServiceAsyncStub]:
+    async with command_server(write_dsn) as stub:
+        yield stub
+
+
+def spec(**fields: object) -> PollSpec:
+    options = [PollOption(option_id=option, label=option.upper()) for option in OPTIONS]
+    return PollSpec(**{"title": "?", "method": VOTING_METHOD_SINGLE_CHOICE, "options": options, **fields})  # type: ignore[arg-type]
+
+
+def after(seconds: float) -> Timestamp:
+    moment = Timestamp()
+    moment.FromDatetime(datetime.now(UTC) + timedelta(seconds=seconds))
+    return moment
+
+
+async def draft(server: CommandServiceAsyncStub, **fields: object) -> str:
+    return (await server.CreatePoll(pb.CreatePollRequest(poll=spec(**fields)))).poll_id
+
+
+async def open_poll(server: CommandServiceAsyncStub, **fields: object) -> str:
+    poll_id = await draft(server, **fields)
+    await server.OpenPoll(pb.OpenPollRequest(poll_id=poll_id))
+    return poll_id
+
+
+async def close(server: CommandServiceAsyncStub, poll_id: str) -> None:
+    await server.ClosePoll(pb.ClosePollRequest(poll_id=poll_id))
+
+
+def vote(poll_id: str, voter_id: str, *option_ids: str) -> pb.CastVoteRequest:
+    return pb.CastVoteRequest(poll_id=poll_id, voter_id=voter_id, option_ids=option_ids)
+
+
+async def cast(server: CommandServiceAsyncStub, poll_id: str, *votes: tuple[str, str]) -> pb.CastVotesResponse:
+    """One batch of (voter, options as letters)."""
+    batch = pb.CastVotesRequest(poll_id=poll_id, votes=[pb.Vote(voter_id=v, option_ids=list(o)) for v, o in votes])
+    [response] = [response async for response in server.CastVotes(iter([batch]))]
+    return response
+
+
+async def register(
+    server: CommandServiceAsyncStub, poll_id: str, *batches: dict[str, int]
+) -> pb.RegisterVotersResponse:
+    requests = [
+        pb.RegisterVotersRequest(poll_id=poll_id, voters=[pb.Voter(voter_id=v, weight=w) for v, w in batch.items()])
+        for batch in batches
+    ]
+    return await server.RegisterVoters(iter(requests))
+
+
+def reasons(response: pb.CastVotesResponse) -> dict[int, str]:
+    return {r.index: ErrorReason.Name(r.reason).removeprefix("ERROR_REASON_") for r in response.rejections}
+
+
+class Log:
+    """A poll in the write database: its events, its votes, and what both come to."""
+
+    def __init__(self, state: str, events: list[Event], votes: dict[bytes, tuple[int, ...]]) -> None:
+        self.state = state
+        self.events = events
+        self.changes = [event.WhichOneof("change") for event in events]
+        self.votes = votes
+        self.counts: Counter[str] = Counter()
+        self.voters = 0
+        for event in events:
+            self.voters += added_votes(event.votes_cast)
+            for number, change in count_changes(event.votes_cast).items():
+                self.counts[OPTIONS[number]] += change
+        self.counts = +self.counts
+        assert self.voters == len(votes)
+
+
+async def read(dsn: str, poll_id: str) -> Log:
+    [poll] = await sql(dsn, "SELECT poll_no, state, version FROM polls WHERE poll_id = $1::text::uuid", poll_id)
+    number = poll["poll_no"]
+    events = await sql(
+        dsn,
+        "SELECT version, payload FROM events WHERE poll_no = $1 AND version <= $2 ORDER BY version",
+        number,
+        poll["version"],
+    )
+    assert [event["version"] for event in events] == list(range(1, poll["version"] + 1))
+    votes = await sql(dsn, "SELECT voter_key, choices FROM votes WHERE poll_no = $1", number)
+    chosen = {row["voter_key"].bytes: option_numbers(row["choices"]) for row in votes}
+    return Log(poll["state"], [Event.FromString(event["payload"]) for event in events], chosen)
+
+
+async def until(dsn: str, poll_id: str, change: str) -> Log:
+    """The poll once its log tells of a change."""
+    async with asyncio.timeout(15):
+        while change not in (log := await read(dsn, poll_id)).changes:
+            await asyncio.sleep(0.02)
+    return log
+
+
+class TestUpdate:
+    async def test_a_mask_says_what_changes(self, server: CommandServiceAsyncStub, write_dsn: str) -> None:
+        poll_id = await draft(server, description="old", closes_at=after(3600))
+        changes = PollSpec(title="New?", description="not named")
+        mask = FieldMask(paths=["title", "closes_at"])
+        await server.UpdatePoll(pb.UpdatePollRequest(poll_id=poll_id, poll=changes, update_mask=mask))
+        log = await read(write_dsn, poll_id)
+        updated = log.events[-1].poll_updated.poll
+        assert (updated.title, updated.description, updated.HasField("closes_at")) == ("New?", "old", False)
+        assert [option.option_id for option in updated.options] == list(OPTIONS)
+
+    async def test_without_a_mask_what_is_given_changes(self, server: CommandServiceAsyncStub, write_dsn: str) -> None:
+        poll_id = await draft(server, description="old")
+        options = [PollOption(option_id="x", label="X"), PollOption(option_id="y", label="Y")]
+        await server.UpdatePoll(pb.UpdatePollRequest(poll_id=poll_id, poll=PollSpec(options=options)))
+        updated = (await read(write_dsn, poll_id)).events[-1].poll_updated.poll
+        assert [option.option_id for option in updated.options] == ["x", "y"]
+        assert updated.description == "old"
+        await server.OpenPoll(pb.OpenPollRequest(poll_id=poll_id))
+        await server.CastVote(vote(poll_id, "ada", "y"))
+        assert (await refused(server.CastVote(vote(poll_id, "bob", "a")))).reason == "UNKNOWN_OPTION"
+
+    async def test_what_results_must_be_a_poll(self, server: CommandServiceAsyncStub, write_dsn: str) -> None:
+        poll_id = await draft(server)
+        mask = FieldMask(paths=["title"])
+        refusal = await refused(server.UpdatePoll(pb.UpdatePollRequest(poll_id=poll_id, update_mask=mask)))
+        assert (refusal.reason, refusal.fields) == ("INVALID_REQUEST", ["poll.title"])
+        unknown = FieldMask(paths=["title.x"])
+        refusal = await refused(server.UpdatePoll(pb.UpdatePollRequest(poll_id=poll_id, update_mask=unknown)))
+        assert (refusal.reason, refusal.fields) == ("INVALID_REQUEST", ["update_mask"])
+        assert len((await read(write_dsn, poll_id)).events) == 1
+
+    async def test_only_a_draft(self, server: CommandServiceAsyncStub) -> None:
+        poll_id = await open_poll(server)
+        request = pb.UpdatePollRequest(poll_id=poll_id, poll=PollSpec(title="Late"))
+        refusal = await refused(server.UpdatePoll(request))
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "POLL_NOT_DRAFT")
+
+
+class TestCancel:
+    @pytest.mark.parametrize("opened", [False, True])
+    async def test_ends_a_poll_for_good(self, server: CommandServiceAsyncStub, write_dsn: str, opened: bool) -> None:
+        poll_id = await (open_poll if opened else draft)(server)
+        await server.CancelPoll(pb.CancelPollRequest(poll_id=poll_id))
+        assert (await refused(server.CastVote(vote(poll_id, "ada", "a")))).reason == "POLL_NOT_OPEN"
+        assert (await refused(server.OpenPoll(pb.OpenPollRequest(poll_id=poll_id)))).reason == "POLL_NOT_DRAFT"
+        assert (await refused(server.ClosePoll(pb.ClosePollRequest(poll_id=poll_id)))).reason == "POLL_NOT_OPEN"
+        assert (await refused(server.CancelPoll(pb.CancelPollRequest(poll_id=poll_id)))).reason == "POLL_NOT_OPEN"
+        assert (await refused(server.CertifyPoll(pb.CertifyPollRequest(poll_id=poll_id)))).reason == "POLL_NOT_CLOSED"
+        assert (await read(write_dsn, poll_id)).changes[-1] == "poll_cancelled"
+
+
+class TestApproval:
+    async def test_each_choice_counts_up_to_the_most(self, server: CommandServiceAsyncStub, write_dsn: str) -> None:
+        poll_id = await open_poll(server, method=VOTING_METHOD_APPROVAL, max_choices=2)
+        first = await server.CastVote(vote(poll_id, "ada", "c", "a"))
+        again = await server.CastVote(vote(poll_id, "ada", "a", "c"))
+        assert again.already_recorded, "the order in which options are named is no other choice"
+        assert again.receipt == first.receipt
+        response = await cast(
+            server, poll_id, ("bob", "a"), ("cleo", "abc"), ("dan", "bb"), ("eve", "ax"), ("ada", "a")
+        )
+        assert response.accepted == 1
+        assert reasons(response) == {
+            1: "TOO_MANY_CHOICES",
+            2: "INVALID_REQUEST",
+            3: "UNKNOWN_OPTION",
+            4: "ALREADY_VOTED",
+        }
+        log = await read(write_dsn, poll_id)
+        assert (log.counts, log.voters) == (Counter(a=2, c=1), 2)
+
+    async def test_without_a_most_all_may_be_chosen(self, server: CommandServiceAsyncStub, write_dsn: str) -> None:
+        poll_id = await open_poll(server, method=VOTING_METHOD_APPROVAL)
+        many = [(f"voter-{n}", "abcd"[: n % 4 + 1]) for n in range(1000)]
+        assert (await cast(server, poll_id, *many)).accepted == 1000
+        assert (await read(write_dsn, poll_id)).counts == Counter(a=1000, b=750, c=500, d=250)
+
+    async def test_max_choices_is_for_approval(self, server: CommandServiceAsyncStub) -> None:
+        refusal = await refused(server.CreatePoll(pb.CreatePollRequest(poll=spec(max_choices=2))))
+        assert refusal.reason == "INVALID_REQUEST"
+
+
+class TestVoteChange:
+    async def test_the_last_vote_counts_and_the_log_keeps_all(
+        self, server: CommandServiceAsyncStub, write_dsn: str
+    ) -> None:
+        poll_id = await open_poll(server, allow_vote_change=True)
+        versions = []
+        for option in ("a", "b", "b", "a"):
+            answer = await server.CastVote(vote(poll_id, "ada", option))
+            versions.append((answer.receipt.version, answer.already_recorded))
+        assert versions == [(3, False), (4, False), (4, True), (5, False)]
+        log = await read(write_dsn, poll_id)
+        assert (log.counts, log.voters) == (Counter(a=1), 1)
+        assert [list(event.votes_cast.option_numbers) for event in log.events[2:]] == [[0], [1], [0]]
+
+    async def test_in_one_batch_the_last_one_counts(self, server: CommandServiceAsyncStub, write_dsn: str) -> None:
+        poll_id = await open_poll(server, allow_vote_change=True)
+        response = await cast(server, poll_id, ("ada", "a"), ("bob", "a"), ("ada", "b"), ("ada", "c"), ("bob", "a"))
+        assert (response.accepted, response.already_recorded, len(response.rejections)) == (4, 1, 0)
+        log = await read(write_dsn, poll_id)
+        assert (log.counts, log.voters) == (Counter(c=1, a=1), 2)
+        assert sum(len(event.votes_cast.option_numbers) for event in log.events) == 4, "every change is in the log"
+
+    async def test_one_streams_order_is_kept(self, server: CommandServiceAsyncStub, write_dsn: str) -> None:
+        poll_id = await open_poll(server, allow_vote_change=True)
+        voters = [f"voter-{n}" for n in range(300)]
+        batches = [
+            pb.CastVotesRequest(poll_id=poll_id, votes=[pb.Vote(voter_id=v, option_ids=[option]) for v in voters])
+            for option in "abcdabcdabcd"
+        ]
+        responses = [response async for response in server.CastVotes(iter(batches))]
+        assert [response.accepted for response in responses] == [300] * 12
+        log = await read(write_dsn, poll_id)
+        assert (log.counts, log.voters) == (Counter(d=300), 300)
+
+    async def test_many_changes_at_once_add_up(self, write_dsn: str) -> None:
+        async with command_server(write_dsn) as one, command_server(write_dsn) as two:
+            poll_id = await open_poll(one, allow_vote_change=True, method=VOTING_METHOD_APPROVAL)
+            votes = [(f"voter-{n % 50}", "abcd"[n % 3 : n % 3 + 1 + n % 2]) for n in range(1500)]
+            calls = [cast(server, poll_id, *votes[n::6]) for n, server in enumerate([one, two] * 3)]
+            await asyncio.gather(*calls)
+            log = await read(write_dsn, poll_id)
+            assert log.voters == 50
+            standing = Counter(OPTIONS[number] for numbers in log.votes.values() for number in numbers)
+            assert log.counts == standing
+
+
+class TestRoll:
+    async def test_only_the_registered_vote_each_with_its_weight(
+        self, server: CommandServiceAsyncStub, write_dsn: str
+    ) -> None:
+        poll_id = await draft(server, eligibility=ELIGIBILITY_ROLL)
+        answer = await register(server, poll_id, {"ada": 3, "bob": 0}, {"bob": 5, "cleo": 1})
+        assert (answer.registered, answer.already_registered) == (3, 1)
+        assert freshness.parse(answer.consistency_token).version == 3
+        await server.OpenPoll(pb.OpenPollRequest(poll_id=poll_id))
+        await server.CastVote(vote(poll_id, "ada", "a"))
+        stranger = await refused(server.CastVote(vote(poll_id, "eve", "a")))
+        assert (stranger.code, stranger.reason) == (grpc.StatusCode.PERMISSION_DENIED, "VOTER_NOT_ELIGIBLE")
+        response = await cast(server, poll_id, ("bob", "b"), ("eve", "b"), ("ada", "a"), ("cleo", "a"))
+        assert (response.accepted, response.already_recorded) == (2, 1)
+        assert reasons(response) == {1: "VOTER_NOT_ELIGIBLE"}
+        log = await read(write_dsn, poll_id)
+        assert (log.counts, log.voters) == (Counter(a=4, b=1), 3)
+
+    async def test_registering_after_opening(self, server: CommandServiceAsyncStub, write_dsn: str) -> None:
+        poll_id = await open_poll(server, eligibility=ELIGIBILITY_ROLL)
+        assert (await refused(server.CastVote(vote(poll_id, "ada", "a")))).reason == "VOTER_NOT_ELIGIBLE"
+        await register(server, poll_id, {"ada": 1})
+        await server.CastVote(vote(poll_id, "ada", "a"))
+        again = await register(server, poll_id, {"ada": 7})
+        assert (again.registered, again.already_registered) == (0, 1)
+        await close(server, poll_id)
+        assert (await refused(register(server, poll_id, {"bob": 1}))).reason == "POLL_NOT_OPEN"
+        assert (await read(write_dsn, poll_id)).counts == Counter(a=1)
+
+    async def test_a_changed_vote_keeps_its_weight(self, server: CommandServiceAsyncStub, write_dsn: str) -> None:
+        poll_id = await open_poll(server, eligibility=ELIGIBILITY_ROLL, allow_vote_change=True)
+        await register(server, poll_id, {"ada": 10, "bob": 2})
+        await cast(server, poll_id, ("ada", "a"), ("bob", "a"))
+        await cast(server, poll_id, ("ada", "b"))
+        assert (await read(write_dsn, poll_id)).counts == Counter(a=2, b=10)
+
+    async def test_a_poll_open_to_all_has_no_roll(self, server: CommandServiceAsyncStub, write_dsn: str) -> None:
+        refusal = await refused(register(server, await draft(server), {"ada": 1}))
+        assert (refusal.reason, refusal.fields) == ("INVALID_REQUEST", ["poll_id"])
+        assert (await refused(register(server, str(uuid4()), {"ada": 1}))).reason == "POLL_NOT_FOUND"
+        assert not await sql(write_dsn, "SELECT FROM roll")
+
+    async def test_a_hundred_thousand_in_one_call(self, server: CommandServiceAsyncStub, write_dsn: str) -> None:
+        poll_id = await draft(server, eligibility=ELIGIBILITY_ROLL)
+        batches = [
+            {f"voter-{n}": 1 + n % 3 for n in range(start, start + 10_000)} for start in range(0, 100_000, 10_000)
+        ]
+        assert (await register(server, poll_id, *batches)).registered == 100_000
+        [row] = await sql(write_dsn, "SELECT count(*) AS voters, sum(weight) AS weight FROM roll")
+        registered = [event.voters_registered for event in (await read(write_dsn, poll_id)).events]
+        assert row["voters"] == sum(event.voters for event in registered) == 100_000
+        assert row["weight"] == sum(event.weight for event in registered)
+
+
+class TestOnTime:
+    async def test_a_poll_opens_and_closes_by_itself(self, server: CommandServiceAsyncStub, write_dsn: str) -> None:
+        poll_id = await draft(server, opens_at=after(0.3), closes_at=after(1.5))
+        await until(write_dsn, poll_id, "poll_opened")
+        await server.CastVote(vote(poll_id, "ada", "a"))
+        log = await until(write_dsn, poll_id, "poll_closed")
+        assert log.state == "CLOSED"
+        assert log.changes.count("poll_closed") == log.changes.count("poll_opened") == 1
+
+    async def test_nobody_needs_to_close_a_poll_for_votes_to_end(
+        self, server: CommandServiceAsyncStub, write_dsn: str
+    ) -> None:
+        """The caretaker is kept from its work; the database's clock refuses the votes by itself."""
+        await hold_the_caretaker(write_dsn)
+        poll_id = await open_poll(server, closes_at=after(1.0))
+        accepted = 0
+        async with asyncio.timeout(10):
+            while True:
+                try:
+                    await server.CastVote(vote(poll_id, f"voter-{accepted}", "a"))
+                except grpc.aio.AioRpcError as error:
+                    assert "takes no votes" in str(error.details())  # noqa: PT017
+                    break
+                accepted += 1
+        assert (await cast(server, poll_id, *((f"late-{n}", "a") for n in range(500)))).accepted == 0
+        assert (await read(write_dsn, poll_id)).voters == accepted > 0
+        late = await sql(
+            write_dsn, "SELECT FROM events JOIN polls USING (poll_no) WHERE events.recorded_at >= polls.closes_at"
+        )
+        assert not late
+
+    async def test_one_caretaker_among_several_and_another_takes_over(self, write_dsn: str) -> None:
+        async with command_server(write_dsn) as one:
+            async with command_server(write_dsn):
+                polls = [await draft(one, opens_at=after(0.2)) for _ in range(20)]
+                for poll_id in polls:
+                    assert (await until(write_dsn, poll_id, "poll_opened")).changes.count("poll_opened") == 1
+                held = await sql(write_dsn, LEADERS)
+                assert len(held) == 1
+            # One of both is gone now, perhaps the one that led.
+            poll_id = await draft(one, opens_at=after(0.1))
+            await until(write_dsn, poll_id, "poll_opened")
+
+    async def test_times_must_make_sense(self, server: CommandServiceAsyncStub) -> None:
+        request = pb.CreatePollRequest(poll=spec(opens_at=after(20), closes_at=after(10)))
+        assert (await refused(server.CreatePoll(request))).reason == "INVALID_REQUEST"
+        late = await draft(server, closes_at=after(-1))
+        assert (await refused(server.OpenPoll(pb.OpenPollRequest(poll_id=late)))).reason == "POLL_NOT_OPEN"
+
+
+LEADERS = """
+    SELECT pid FROM pg_locks
+    WHERE locktype = 'advisory' AND granted
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+
+
+async def hold_the_caretaker(dsn: str) -> None:
+    """Takes the caretaker's means away: what it asks for fails."""
+    await sql(dsn, "ALTER TABLE recounts RENAME TO away")
+    await sql(dsn, "DROP INDEX polls_to_close")
+    await sql(dsn, "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+
+
+class TestCertification:
+    async def election(self, server: CommandServiceAsyncStub) -> str:
+        poll_id = await open_poll(
+            server, method=VOTING_METHOD_APPROVAL, eligibility=ELIGIBILITY_ROLL, allow_vote_change=True
+        )
+        await register(server, poll_id, {f"voter-{n}": 1 + n % 2 for n in range(500)})
+        await cast(server, poll_id, *((f"voter-{n}", "ab"[: 1 + n % 2]) for n in range(500)))
+        await cast(server, poll_id, *((f"voter-{n}", "cd") for n in range(0, 500, 10)))
+        return poll_id
+
+    async def test_a_recount_of_the_votes_certifies_the_poll(
+        self, server: CommandServiceAsyncStub, write_dsn: str
+    ) -> None:
+        poll_id = await self.election(server)
+        early = await refused(server.CertifyPoll(pb.CertifyPollRequest(poll_id=poll_id)))
+        assert (early.code, early.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "POLL_NOT_CLOSED")
+        await close(server, poll_id)
+        request = pb.CertifyPollRequest(poll_id=poll_id, request_id=str(uuid4()))
+        answers = await asyncio.gather(*(server.CertifyPoll(request) for _ in range(5)))
+        assert len({answer.consistency_token for answer in answers}) == 1
+        log = await until(write_dsn, poll_id, "poll_certified")
+        recount = log.events[-1].poll_certified.recount
+        assert log.state == "CERTIFIED"
+        assert log.changes.count("poll_certified") == 1
+        assert dict(zip(OPTIONS, recount.counts, strict=True)) == {"a": 700, "b": 500, "c": 50, "d": 50}
+        assert (recount.total_votes, log.counts) == (500, Counter(a=700, b=500, c=50, d=50))
+        assert (await refused(server.CertifyPoll(pb.CertifyPollRequest(poll_id=poll_id)))).reason == "POLL_NOT_CLOSED"
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            "DELETE FROM votes WHERE voter_key = (SELECT voter_key FROM votes LIMIT 1)",
+            "UPDATE votes SET choices = '\\x0003'"
+            " WHERE voter_key = (SELECT voter_key FROM votes WHERE choices = '\\x0000' LIMIT 1)",
+            "INSERT INTO votes SELECT batch_id, poll_no, choices, gen_random_uuid() FROM votes LIMIT 1",
+        ],
+    )
+    async def test_votes_that_the_log_does_not_tell_of_are_found(
+        self, server: CommandServiceAsyncStub, write_dsn: str, damage: str
+    ) -> None:
+        poll_id = await self.election(server)
+        await close(server, poll_id)
+        await sql(write_dsn, damage)
+        await server.CertifyPoll(pb.CertifyPollRequest(poll_id=poll_id))
+        failed = Event()
+        async with asyncio.timeout(15):
+            while not failed.HasField("certification_failed"):
+                [row] = await sql(write_dsn, "SELECT payload FROM events ORDER BY version DESC LIMIT 1")
+                failed = Event.FromString(row["payload"])
+                await asyncio.sleep(0.02)
+        assert failed.certification_failed.recount != failed.certification_failed.log
+        assert list(failed.certification_failed.log.counts) == [700, 500, 50, 50]
+        [poll] = await sql(write_dsn, "SELECT state FROM polls")
+        assert poll["state"] == "CLOSED"
+        # It can be asked for again, once somebody has repaired the votes.
+        await server.CertifyPoll(pb.CertifyPollRequest(poll_id=poll_id))
+
+    async def test_recounting_reads_in_pages(
+        self, server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("command_server.recount._VOTES_OF_A_PAGE", 7)
+        poll_id = await self.election(server)
+        await close(server, poll_id)
+        await server.CertifyPoll(pb.CertifyPollRequest(poll_id=poll_id))
+        recount = (await until(write_dsn, poll_id, "poll_certified")).events[-1].poll_certified.recount
+        assert list(recount.counts) == [700, 500, 50, 50]
