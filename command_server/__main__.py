@@ -1,5 +1,6 @@
 """`python -m command_server`: the write side as a process."""
 
+import argparse
 import asyncio
 from collections.abc import Callable
 
@@ -15,13 +16,13 @@ from command_server.roll import Roll
 from command_server.service import CommandService
 from contracts.refusals import status_of
 from contracts.voters import VoterKeys
-from runtime import lifecycle, postgres, serving, telemetry
-from runtime.settings import Settings
+from runtime import lifecycle, postgres, serving, telemetry, workers
+from runtime.settings import ServerSettings
 
 SERVICE = command_service_pb2.DESCRIPTOR.services_by_name["CommandService"].full_name
 
 
-class CommandSettings(Settings):
+class CommandSettings(ServerSettings):
     """What the command server reads from the environment."""
 
     command_listen: str = Field("127.0.0.1:50051", description="host:port of the CommandService.")
@@ -32,7 +33,14 @@ class CommandSettings(Settings):
 
 
 async def main(stop: asyncio.Event) -> None:
-    settings = CommandSettings.from_environment()
+    parser = argparse.ArgumentParser(prog="python -m command_server", description="The CommandService of Tally.")
+    parser.add_argument("--workers", type=int, help="processes that serve on one port (default: TALLY_WORKERS, or 1)")
+    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    settings = CommandSettings.from_environment(**given)
+    if settings.workers > 1:
+        telemetry.start("command_server workers", settings, metrics=False)
+        await workers.run("command_server", settings, "command_listen", stop)
+        return
     telemetry.start("command_server", settings)
     await serve(settings, stop, lambda port: lifecycle.announce("serving", settings, port=port))
 
@@ -44,7 +52,7 @@ async def serve(settings: CommandSettings, stop: asyncio.Event, ready: Callable[
     box = BallotBox(pool, polls)
     service = CommandService(PollLog(pool), Roll(pool), polls, box, VoterKeys(settings.voter_secret))
 
-    server = serving.new_server()
+    server = serving.new_server(share_port=settings.worker)
     serving.add_service(server, add_CommandServiceServicer_to_server, service, status_of)
     async with asyncio.TaskGroup() as tasks:
         committing = tasks.create_task(box.run())

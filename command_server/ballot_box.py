@@ -27,7 +27,7 @@ from command_server.polls import Poll, Polls
 from contracts.refusals import Refusal
 from runtime.failpoints import failpoint
 from runtime.lifecycle import Backoff
-from runtime.postgres import UNAVAILABLE, queries
+from runtime.postgres import POOL_SECONDS, UNAVAILABLE, queries
 
 log = structlog.get_logger()
 sql = queries(__package__)
@@ -227,7 +227,7 @@ class BallotBox:
         async with asyncio.timeout(PATIENCE_SECONDS):
             while True:
                 try:
-                    async with asyncio.timeout(ATTEMPT_SECONDS), self._pool.acquire() as connection:
+                    async with asyncio.timeout(ATTEMPT_SECONDS), self._pool.acquire(timeout=POOL_SECONDS) as connection:
                         if poll.state != OPEN:
                             return await self._record_none(connection, poll, batch_id, batch)
                         if all_new:

@@ -30,7 +30,7 @@ from command_server.poll_log import append, lock
 from command_server.recount import fold_log, recount_votes
 from runtime.failpoints import failpoint
 from runtime.lifecycle import Backoff
-from runtime.postgres import UNAVAILABLE, queries
+from runtime.postgres import POOL_SECONDS, UNAVAILABLE, queries
 
 log = structlog.get_logger()
 sql = queries(__package__)
@@ -105,7 +105,11 @@ class Caretaker:
             recount = await recount_votes(self._pool, poll_no, options)
             folded = await fold_log(self._pool, poll_no, options)
             failpoint("caretaker.before_certified")
-            async with asyncio.timeout(_STEP_SECONDS), self._pool.acquire() as connection, connection.transaction():
+            async with (
+                asyncio.timeout(_STEP_SECONDS),
+                self._pool.acquire(timeout=POOL_SECONDS) as connection,
+                connection.transaction(),
+            ):
                 locked = await lock(connection, poll_id)
                 await connection.execute(sql.end_recount, poll_no)
                 if locked.poll.state != CLOSED:

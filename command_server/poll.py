@@ -186,11 +186,6 @@ def not_eligible() -> Refusal:
     return Refusal(ErrorReason.ERROR_REASON_VOTER_NOT_ELIGIBLE, "this voter is not on the poll's electoral roll")
 
 
-def poll_not_found(poll_id: object) -> Refusal:
-    """The answer to a command for a poll that does not exist."""
-    return Refusal(ErrorReason.ERROR_REASON_POLL_NOT_FOUND, f"there is no poll {poll_id}")
-
-
 def _not_draft(poll: Poll, what: str) -> Refusal:
     return Refusal(ErrorReason.ERROR_REASON_POLL_NOT_DRAFT, f"the poll is {poll.state}; only a DRAFT can be {what}")
 

@@ -12,10 +12,10 @@ from google.protobuf.message import Message
 from tally.command.v1.command_service_pb2 import CertifyPollResponse, CreatePollResponse
 from tally.poll.v1.poll_pb2 import PollSpec
 
-from command_server.poll import Change, Decision, Poll, create_poll, poll_not_found, request_certification
+from command_server.poll import Change, Decision, Poll, create_poll, request_certification
 from contracts.freshness import token
-from contracts.refusals import invalid_request
-from runtime.postgres import queries
+from contracts.refusals import invalid_request, poll_not_found
+from runtime.postgres import POOL_SECONDS, queries
 from runtime.serving import violations
 
 sql = queries(__package__)
@@ -83,7 +83,11 @@ class PollLog:
         response_type: type[ResponseT],
         command: Callable[[asyncpg.Connection], Awaitable[ResponseT]],
     ) -> ResponseT:
-        async with timeout(COMMAND_SECONDS), self._pool.acquire() as connection, connection.transaction():
+        async with (
+            timeout(COMMAND_SECONDS),
+            self._pool.acquire(timeout=POOL_SECONDS) as connection,
+            connection.transaction(),
+        ):
             if request.request_id is None:
                 return await command(connection)
             # A repeat that comes while the first call is under way waits here for the first one's answer.

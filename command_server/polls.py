@@ -9,8 +9,9 @@ import asyncpg
 from tally.poll.v1.poll_pb2 import ELIGIBILITY_ROLL, PollSpec
 
 from command_server import ballots
-from command_server.poll import OPEN, choose, poll_not_found
-from runtime.postgres import patiently, queries
+from command_server.poll import OPEN, choose
+from contracts.refusals import poll_not_found
+from runtime.postgres import POOL_SECONDS, patiently, queries
 
 sql = queries(__package__)
 
@@ -57,7 +58,7 @@ class Polls:
         poll = self._open.get(poll_id)
         if poll is not None:
             return poll
-        row = await patiently(lambda: self._pool.fetchrow(sql.find_poll, UUID(poll_id)), PATIENCE_SECONDS)
+        row = await patiently(lambda: self._read(UUID(poll_id)), PATIENCE_SECONDS)
         if row is None:
             raise poll_not_found(poll_id)
         spec = PollSpec.FromString(row["spec"])
@@ -69,6 +70,10 @@ class Polls:
             if len(self._open) > _CAPACITY:
                 self._open.popitem(last=False)
         return poll
+
+    async def _read(self, poll_id: UUID) -> asyncpg.Record | None:
+        async with self._pool.acquire(timeout=POOL_SECONDS) as connection:
+            return await connection.fetchrow(sql.find_poll, poll_id)
 
     def forget(self, poll: Poll) -> None:
         """Look the poll up again next time."""

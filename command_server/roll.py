@@ -10,7 +10,7 @@ from asyncpg.pgproto.pgproto import UUID as KeyUUID  # noqa: N811
 
 from command_server.poll import register_voters
 from command_server.poll_log import append, lock
-from runtime.postgres import queries
+from runtime.postgres import POOL_SECONDS, queries
 
 sql = queries(__package__)
 
@@ -33,7 +33,11 @@ class Roll:
     async def register(self, poll_id: UUID, weights: Mapping[bytes, int]) -> Registered:
         """Adds voters (voter key → weight) with an event that counts them. Those on the roll keep their weight."""
         keys = sorted(weights)
-        async with timeout(_REGISTER_SECONDS), self._pool.acquire() as connection, connection.transaction():
+        async with (
+            timeout(_REGISTER_SECONDS),
+            self._pool.acquire(timeout=POOL_SECONDS) as connection,
+            connection.transaction(),
+        ):
             rows = await connection.fetch(
                 sql.register_voters, poll_id, [weights[key] for key in keys], [KeyUUID(key) for key in keys]
             )

@@ -86,6 +86,11 @@ def invalid_request(fields: Mapping[str, str]) -> Refusal:
     return Refusal(ErrorReason.ERROR_REASON_INVALID_REQUEST, message, fields)
 
 
+def poll_not_found(poll_id: object) -> Refusal:
+    """There is no such poll, or a read model has not heard of it yet."""
+    return Refusal(ErrorReason.ERROR_REASON_POLL_NOT_FOUND, f"there is no poll {poll_id}")
+
+
 def refusal_of(error: Exception) -> Refusal:
     """What a caller is told about whatever a handler raised. Defects are logged here and nothing of them leaves."""
     if isinstance(error, Refusal):

@@ -1,5 +1,6 @@
 """The live counters in Redis: each result is encoded once, stored, and sent to its subscribers in the same step."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
@@ -36,24 +37,25 @@ class Live:
     @asynccontextmanager
     async def connect(cls, redis_url: str) -> AsyncIterator["Live"]:
         """Opens the read model for one session."""
-        # No retries below this: the session begins anew and finds out what was stored.
-        redis = Redis.from_url(
-            redis_url, socket_connect_timeout=2, socket_timeout=_SECONDS, retry=Retry(NoBackoff(), 0)
-        )
+        # No retries below this: the session begins anew and finds out what was stored. No socket_timeout either: it
+        # uses asyncio.wait_for, which in Python 3.11 can lose a cancellation; each question has its own limit.
+        redis = Redis.from_url(redis_url, socket_connect_timeout=2, socket_timeout=None, retry=Retry(NoBackoff(), 0))
         try:
             yield cls(redis)
         finally:
             await redis.aclose()
 
     async def position(self) -> Position | None:
-        value = await self._redis.get(POSITION_KEY)
+        async with asyncio.timeout(_SECONDS):
+            value = await self._redis.get(POSITION_KEY)
         return Position(*map(int, value.split())) if value else None
 
     async def load(self, poll_ids: Sequence[str]) -> dict[str, Tally]:
         async with self._redis.pipeline(transaction=False) as pipeline:
             for poll_id in poll_ids:
                 pipeline.hget(live_key(poll_id), "results")
-            values = await pipeline.execute()
+            async with asyncio.timeout(_SECONDS):
+                values = await pipeline.execute()
         return {poll_id: _tally(value) for poll_id, value in zip(poll_ids, values, strict=True) if value}
 
     async def store(self, changes: Sequence[Change], old: Position | None, new: Position) -> None:
@@ -61,7 +63,8 @@ class Live:
         arguments: list[str | bytes | int] = [_text(old), _text(new)]
         for change in changes:
             arguments += [change.before, change.tally.version, _results(change.poll_id, change.tally)]
-        unexpected = await self._store(keys=keys, args=arguments)
+        async with asyncio.timeout(_SECONDS):
+            unexpected = await self._store(keys=keys, args=arguments)
         if unexpected:
             raise Displaced(f"{unexpected.decode()} is not as this process left it")
 

@@ -42,7 +42,8 @@ def wanted(at_least_as_fresh: str, poll_ids: Container[UUID]) -> dict[UUID, int]
     poll_id, version = parse(at_least_as_fresh)
     if poll_id not in poll_ids:
         raise invalid_request({"at_least_as_fresh": "must be a token of the poll that is asked for"})
-    return {poll_id: version}
+    # Every poll is at version 1 at least: a forged 0 must not pass for an answer that is there.
+    return {poll_id: max(version, 1)}
 
 
 def behind(version: int, wanted_version: int) -> Refusal:

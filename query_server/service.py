@@ -9,11 +9,11 @@ from tally.poll.v1.error_reason_pb2 import ErrorReason
 from tally.query.v1 import query_service_pb2 as pb
 from tally.query.v1.query_service_pb2_grpc import QueryServiceServicer
 
-from contracts.refusals import Refusal
+from contracts.refusals import Refusal, poll_not_found
 from contracts.voters import VoterKeys
 from query_server.freshness import caught_up, patience, wanted
 from query_server.live import LiveResults, version_of
-from query_server.views import Views, poll_not_found
+from query_server.views import Views
 from query_server.watchers import Watchers
 
 Context = grpc.aio.ServicerContext[Any, Any]

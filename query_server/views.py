@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import asyncpg
-from tally.poll.v1.error_reason_pb2 import ErrorReason
 from tally.poll.v1.poll_pb2 import Eligibility, PollOption, PollState, VoteReceipt, VotingMethod
 from tally.query.v1.query_service_pb2 import (
     Certification,
@@ -23,7 +22,7 @@ from tally.query.v1.query_service_pb2 import (
     ResultsSource,
 )
 
-from contracts.refusals import Refusal, invalid_request
+from contracts.refusals import invalid_request
 from runtime.postgres import queries
 
 sql = queries(__package__)
@@ -106,11 +105,6 @@ class Views:
         except (asyncpg.InvalidCatalogNameError, asyncpg.UndefinedTableError) as error:
             # It was wiped, and is not made anew yet.
             raise ConnectionError("the read database has no tables") from error
-
-
-def poll_not_found(poll_id: UUID) -> Refusal:
-    """The read models do not know the poll."""
-    return Refusal(ErrorReason.ERROR_REASON_POLL_NOT_FOUND, f"there is no poll {poll_id}")
 
 
 class _Place(NamedTuple):

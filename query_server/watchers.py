@@ -21,11 +21,11 @@ from redis.asyncio import Redis
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 
 from contracts.live import live_key
-from contracts.refusals import STORE_FAILURES, Refusal
+from contracts.refusals import STORE_FAILURES, Refusal, poll_not_found
 from query_server.freshness import behind
 from query_server.live import FAILURES, LiveResults, version_of
 from query_server.subscriptions import Subscriptions
-from query_server.views import Views, poll_not_found
+from query_server.views import Views
 
 log = structlog.get_logger()
 

@@ -32,6 +32,10 @@ UNAVAILABLE = (
 
 T = TypeVar("T")
 
+# For `pool.acquire(timeout=…)`: what a connection may take to come, and also to go back. Going back includes to stop a
+# statement that nobody waits for any more; without a limit, a silent network would hold its caller.
+POOL_SECONDS = 3.0
+
 _BLOCK = re.compile(r"^-- (\w+): .+$", re.MULTILINE)
 _MIGRATION_LOCK = 0x74616C6C79
 

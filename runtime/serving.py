@@ -29,8 +29,9 @@ _DRAIN_SECONDS = 5.0
 _OPTIONS = [
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-    # Two servers on one port by accident would each get half of the calls.
-    ("grpc.so_reuseport", 0),
+    # More calls than these at one moment are answered CANCELLED before anybody has seen them: room for a crowd.
+    ("grpc.server.max_pending_requests", 20_000),
+    ("grpc.server.max_pending_requests_hard_limit", 40_000),
     # Clients may ping every 10 s, also without a call under way; one that pings more often is sent away.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -101,9 +102,10 @@ async def serve(
         await server.stop(_DRAIN_SECONDS)
 
 
-def new_server() -> grpc.aio.Server:
-    """A server with our limits, without services yet."""
-    return grpc.aio.server(options=_OPTIONS)
+def new_server(*, share_port: bool = False) -> grpc.aio.Server:
+    """A server with our limits, without services yet. `share_port` lets several processes serve on one port; two that
+    did so by accident would each get half of the calls."""
+    return grpc.aio.server(options=[*_OPTIONS, ("grpc.so_reuseport", int(share_port))])
 
 
 class _Wrapping:

@@ -1,7 +1,7 @@
 """Settings from the environment: each service declares the ones it reads, all with the prefix TALLY_."""
 
 import sys
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -19,12 +19,19 @@ class Settings(BaseSettings):
     ready_file: str = Field("", description="File that is written once the process is ready; empty: none.")
 
     @classmethod
-    def from_environment(cls) -> Self:
-        """The settings, or an exit with one line for each variable that is missing or wrong."""
+    def from_environment(cls, **given: Any) -> Self:
+        """The settings, or an exit with one line for each variable that is missing or wrong. `given` goes first."""
         try:
-            return cls()
+            return cls(**given)
         except ValidationError as error:
             for problem in error.errors():
                 variable = PREFIX + "_".join(str(part) for part in problem["loc"]).upper()
                 print(f"{variable}: {problem['msg']}", file=sys.stderr)
             sys.exit(2)
+
+
+class ServerSettings(Settings):
+    """What the gRPC servers understand besides."""
+
+    workers: int = Field(1, ge=1, le=256, description="Processes that serve on one port, also given as --workers.")
+    worker: bool = Field(False, description="Set by the parent of several workers: the port is shared.")

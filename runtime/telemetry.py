@@ -9,7 +9,7 @@ from prometheus_client import start_http_server
 from runtime.settings import Settings
 
 
-def start(service: str, settings: Settings) -> None:
+def start(service: str, settings: Settings, *, metrics: bool = True) -> None:
     """Sets up logging for this process and serves its metrics where the settings ask for it."""
     level = logging.getLevelNamesMapping().get(settings.log_level.upper(), logging.INFO)
     structlog.configure(
@@ -26,6 +26,6 @@ def start(service: str, settings: Settings) -> None:
     )
     structlog.contextvars.bind_contextvars(service=service)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format='{"event": "library", "message": %(message)r}')
-    if settings.metrics_listen:
+    if metrics and settings.metrics_listen:
         host, _, port = settings.metrics_listen.rpartition(":")
         start_http_server(int(port), host or "127.0.0.1")

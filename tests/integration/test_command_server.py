@@ -9,11 +9,13 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import asyncpg
 import grpc
+import psutil
 import pytest
 from tally.command.v1 import command_service_pb2 as pb
 from tally.command.v1.command_service_pb2_grpc import CommandServiceStub
@@ -24,7 +26,8 @@ from tally.poll.v1.poll_pb2 import VOTING_METHOD_SINGLE_CHOICE, PollOption, Poll
 from command_server import ballot_box, polls
 from contracts import freshness
 from contracts.voters import VoterKeys
-from runtime.embedded import Stores
+from runtime.embedded import Stores, free_port
+from tests.processes import service
 from tests.servers import VOTER_SECRET, command_channel, command_server, refused, sql
 
 if TYPE_CHECKING:
@@ -477,3 +480,28 @@ async def kill_while_casting(write_dsn: str, place: str, votes: pb.CastVotesRequ
     assert refusal.code == grpc.StatusCode.UNAVAILABLE
     await process.communicate()
     assert process.returncode == -signal.SIGKILL
+
+
+async def test_workers_share_a_port_and_are_replaced(write_dsn: str, tmp_path: Path) -> None:
+    settings = {"command_listen": f"127.0.0.1:{free_port()}", "write_dsn": write_dsn, "voter_secret": VOTER_SECRET}
+    async with service(tmp_path, "command_server", workers="3", **settings) as parent:
+        children = psutil.Process(parent.pid).children()
+        assert len(children) == 3
+        # A channel has one connection, so several are needed to reach several workers.
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        channels = [grpc.aio.insecure_channel(settings["command_listen"], options) for _ in range(12)]
+        servers = [CommandServiceStub(channel) for channel in channels]
+        poll_id = await open_poll(servers[0])
+        votes = [(f"voter-{n}", "mon") for n in range(600)]
+        await asyncio.gather(*(cast(server, batch(poll_id, *votes[n::4])) for n, server in enumerate(servers)))
+        assert (await read_log(write_dsn, poll_id)).rows == 600
+        used = [child.pid for child in children if sum(child.cpu_times()[:2]) > 0]
+        assert len(used) == 3
+
+        children[0].kill()
+        async with asyncio.timeout(20):
+            while len(alive := psutil.Process(parent.pid).children()) < 3 or children[0] in alive:
+                await asyncio.sleep(0.05)
+        for channel in channels:
+            await channel.close()
+    assert not [child for child in [*children, *alive] if child.is_running() and child.status() != "zombie"]

@@ -499,6 +499,20 @@ async def test_a_fresh_read_waits_for_a_poll_that_is_not_there_yet(
     assert (poll.poll.version, results.version, watched.version) == (1, 1, 1)
 
 
+async def test_a_forged_token_brings_no_empty_answer(
+    server: QueryServiceAsyncStub, models: ReadModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(freshness, "_DEFAULT_PATIENCE", 0.2)
+    known, unknown = await models.poll(), uuid4()
+    assert (await get_fresh(server, known, 0)).results.version == 1
+    for poll_id, version in ((unknown, 0), (known, 2**64 - 1)):
+        assert (await refused(get_fresh(server, poll_id, version))).reason == "READ_MODEL_BEHIND"
+
+
+def get_fresh(stub: QueryServiceAsyncStub, poll_id: UUID, version: int) -> Any:
+    return stub.GetResults(pb.GetResultsRequest(poll_id=str(poll_id), at_least_as_fresh=token(poll_id, version)))
+
+
 async def test_past_the_deadline_the_caller_learns_how_far_behind(
     server: QueryServiceAsyncStub, models: ReadModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:

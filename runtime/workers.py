@@ -1,0 +1,100 @@
+"""Several processes that serve on one port: the kernel spreads connections over them.
+
+The parent only starts and replaces them. It never makes a gRPC object itself, because gRPC does not survive a fork.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
+from pathlib import Path
+
+import structlog
+
+from runtime.lifecycle import Backoff, announce
+from runtime.settings import PREFIX, ServerSettings
+from runtime.supervisor import leashed
+
+log = structlog.get_logger()
+
+_STOP_SECONDS = 8.0
+_LOOK_SECONDS = 0.05
+
+
+async def run(module: str, settings: ServerSettings, listen_setting: str, stop: asyncio.Event) -> None:
+    """Runs `settings.workers` processes `python -m module` until `stop`, and replaces one that dies.
+
+    `listen_setting` is the name of the setting with their common host:port; port 0 becomes a free port.
+    """
+    host, _, port = getattr(settings, listen_setting).rpartition(":")
+    with closing(_reserve(host, int(port))) as reserved, tempfile.TemporaryDirectory(prefix="workers-") as folder:
+        port = reserved.getsockname()[1]
+        ready = [Path(folder) / f"{number}.ready" for number in range(settings.workers)]
+        async with asyncio.TaskGroup() as tasks:
+            keeping = []
+            for number, path in enumerate(ready):
+                own = {
+                    listen_setting: f"{host}:{port}",
+                    "workers": "1",
+                    "worker": "true",
+                    "ready_file": str(path),
+                    "metrics_listen": _nth(settings.metrics_listen, number),
+                }
+                keeping.append(tasks.create_task(_keep([sys.executable, "-m", module], own)))
+            waiting = tasks.create_task(stop.wait())
+            while not all(path.exists() for path in ready) and not stop.is_set():
+                await asyncio.sleep(_LOOK_SECONDS)
+            if not stop.is_set():
+                announce("serving", settings, port=port, workers=settings.workers)
+            await waiting
+            for task in keeping:
+                task.cancel()
+
+
+async def _keep(command: Sequence[str], settings: Mapping[str, str]) -> None:
+    environment = os.environ | {PREFIX + name.upper(): value for name, value in settings.items()}
+    backoff = Backoff(longest=5.0)
+    while True:
+        child = await asyncio.create_subprocess_exec(*leashed(command, signal.SIGTERM), env=environment)
+        try:
+            code = await child.wait()
+        except asyncio.CancelledError:
+            await _end(child)
+            raise
+        log.error("a worker died", pid=child.pid, code=code, failures=backoff.failures + 1)
+        await backoff.wait()
+
+
+async def _end(child: asyncio.subprocess.Process) -> None:
+    with suppress(ProcessLookupError):
+        child.terminate()
+        try:
+            async with asyncio.timeout(_STOP_SECONDS):
+                await child.wait()
+        except TimeoutError:
+            child.kill()
+            await child.wait()
+
+
+def _nth(listen: str, number: int) -> str:
+    """The host:port of the n-th worker's metrics: each has a port of its own, from the setting's on."""
+    if not listen:
+        return ""
+    host, _, port = listen.rpartition(":")
+    return f"{host}:{int(port) + number}"
+
+
+def _reserve(host: str, port: int) -> socket.socket:
+    """Holds a port for the workers, without listening on it. Fails where somebody else has it."""
+    reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind((host.strip("[]"), port))
+    except OSError:
+        reserved.close()
+        raise
+    return reserved
