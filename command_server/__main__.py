@@ -4,6 +4,7 @@ import argparse
 import asyncio
 from collections.abc import Callable
 
+import structlog
 from pydantic import Field
 from tally.command.v1 import command_service_pb2
 from tally.command.v1.command_service_pb2_grpc import add_CommandServiceServicer_to_server
@@ -14,10 +15,15 @@ from command_server.poll_log import PollLog
 from command_server.polls import Polls
 from command_server.roll import Roll
 from command_server.service import CommandService
-from contracts.refusals import status_of
+from contracts.failures import status_of
 from contracts.voters import VoterKeys
 from runtime import lifecycle, postgres, serving, telemetry, workers
 from runtime.settings import ServerSettings
+
+log = structlog.get_logger()
+
+# How long a stop waits for votes that were accepted, after the calls have ended.
+_DRAIN_SECONDS = 3.0
 
 SERVICE = command_service_pb2.DESCRIPTOR.services_by_name["CommandService"].full_name
 
@@ -59,7 +65,12 @@ async def serve(settings: CommandSettings, stop: asyncio.Event, ready: Callable[
         caring = tasks.create_task(Caretaker(settings.write_dsn, pool).run())
         await serving.serve(server, settings.command_listen, [SERVICE], stop, ready)
         caring.cancel()
-        await box.drain()
+        try:
+            async with asyncio.timeout(_DRAIN_SECONDS):
+                await box.drain()
+        except TimeoutError:
+            # Nobody was told that these votes count. Their callers send them again.
+            log.warning("stopped before all votes were recorded")
         committing.cancel()
     pool.terminate()
 

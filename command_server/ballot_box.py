@@ -34,15 +34,20 @@ sql = queries(__package__)
 
 # Commits under way at once: while one waits for the disk, the next one copies its rows.
 COMMITTERS = 3
-# The most ballots of one commit.
+# Ballots of one poll wait for its commit under way to end, unless there are so many that a further one is worth its
+# cost. Fewer, larger commits are cheaper for everybody.
+OVERLAP_BALLOTS = 1000
+# The most ballots of one commit, and their most bytes: its event must fit a message of the bus.
 BATCH_BALLOTS = 20_000
+BATCH_BYTES = 1 << 20
 # Up to so many ballots go in one round trip instead of four, by a function of the database.
 SMALL_BATCH = 200
 # The most ballots that wait: about 100 bytes each.
 CAPACITY = 200_000
-# One attempt to commit, and all attempts together, in seconds.
+# One attempt to commit, all attempts together, and how long a ballot may wait for its commit to begin, in seconds.
 ATTEMPT_SECONDS = 10.0
 PATIENCE_SECONDS = 15.0
+WAIT_SECONDS = 15.0
 
 _votes = Count("tally_votes_recorded", "Votes made durable.")
 _batch_votes = Histogram("tally_commit_votes", "Votes in one commit.", buckets=[4**power for power in range(9)])
@@ -89,6 +94,8 @@ class Verdicts(NamedTuple):
 class _Submission(NamedTuple):
     ballots: Sequence[bytes]
     verdicts: "asyncio.Future[Verdicts]"
+    # When it came, by the loop's clock.
+    since: float
 
 
 class _Queue:
@@ -97,15 +104,36 @@ class _Queue:
     def __init__(self, poll: Poll) -> None:
         self.poll = poll
         self.submissions: deque[_Submission] = deque()
+        self.ballots = 0
+        # How many commits of this poll are under way, and whether it waits for a committer.
+        self.committing = 0
+        self.offered = False
+
+    @property
+    def due(self) -> bool:
+        """Whether another commit should begin."""
+        if self.offered or not self.submissions:
+            return False
+        # Where a later vote replaces an earlier one, commits keep the order in which the votes came.
+        overlap = self.ballots >= OVERLAP_BALLOTS and not self.poll.spec.allow_vote_change
+        return self.committing == 0 or overlap
+
+    def put(self, submission: _Submission) -> None:
+        self.submissions.append(submission)
+        self.ballots += len(submission.ballots)
 
     def take(self) -> list[_Submission]:
         """The submissions of the next commit."""
         taken: list[_Submission] = []
-        count = 0
-        while self.submissions and (not taken or count + len(self.submissions[0].ballots) <= BATCH_BALLOTS):
-            submission = self.submissions.popleft()
-            count += len(submission.ballots)
-            taken.append(submission)
+        ballots = size = 0
+        while self.submissions:
+            following = self.submissions[0].ballots
+            ballots += len(following)
+            size += len(following) * len(following[0])
+            if taken and (ballots > BATCH_BALLOTS or size > BATCH_BYTES):
+                break
+            taken.append(self.submissions.popleft())
+        self.ballots -= sum(len(submission.ballots) for submission in taken)
         return taken
 
 
@@ -115,8 +143,9 @@ class BallotBox:
     def __init__(self, pool: asyncpg.Pool, polls: Polls) -> None:
         self._pool = pool
         self._polls = polls
-        # By poll_no. Each is either in `_ready`, once, or being committed by somebody who will put it back.
+        # By poll_no: polls with ballots that wait, or a commit under way.
         self._queues: dict[int, _Queue] = {}
+        # Those that are due, each once, in the order in which they are served.
         self._ready: asyncio.Queue[_Queue] = asyncio.Queue()
         self._ballots = 0
         self._room = asyncio.Condition()
@@ -146,42 +175,52 @@ class BallotBox:
         return self._submit(poll, batch)
 
     def _submit(self, poll: Poll, batch: Sequence[bytes]) -> "asyncio.Future[Verdicts]":
-        verdicts: asyncio.Future[Verdicts] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        verdicts: asyncio.Future[Verdicts] = loop.create_future()
         queue = self._queues.get(poll.poll_no)
         if queue is None:
             queue = self._queues[poll.poll_no] = _Queue(poll)
-            self._ready.put_nowait(queue)
-        queue.submissions.append(_Submission(batch, verdicts))
+        queue.put(_Submission(batch, verdicts, loop.time()))
         self._ballots += len(batch)
+        self._offer(queue)
         return verdicts
+
+    def _offer(self, queue: _Queue) -> None:
+        if queue.due:
+            queue.offered = True
+            self._ready.put_nowait(queue)
 
     async def _commit_forever(self) -> None:
         while True:
             queue = await self._ready.get()
+            queue.offered = False
             submissions = queue.take()
+            queue.committing += 1
+            self._offer(queue)
             _waiting.set(self._ballots)
-            # What is left may be committed by others at the same time: batches of one poll overlap. Not where a voter's
-            # later vote replaces an earlier one: there they stay in the order in which they came.
-            overlap = not queue.poll.spec.allow_vote_change
-            if overlap:
-                self._put_back(queue)
             try:
                 with _commit_seconds.time():
-                    await self._commit(queue.poll, submissions)
+                    await self._commit(queue.poll, self._in_time(submissions))
             finally:
-                if not overlap:
-                    self._put_back(queue)
+                queue.committing -= 1
+                self._offer(queue)
+                if not (queue.submissions or queue.committing):
+                    del self._queues[queue.poll.poll_no]
                 async with self._room:
                     self._ballots -= sum(len(submission.ballots) for submission in submissions)
                     self._room.notify_all()
 
-    def _put_back(self, queue: _Queue) -> None:
-        if queue.submissions:
-            self._ready.put_nowait(queue)
-        else:
-            del self._queues[queue.poll.poll_no]
+    def _in_time(self, submissions: Sequence[_Submission]) -> Sequence[_Submission]:
+        """Those that somebody still waits for; the others are given up, unrecorded."""
+        oldest = asyncio.get_running_loop().time() - WAIT_SECONDS
+        for submission in submissions:
+            if submission.since < oldest and not submission.verdicts.done():
+                submission.verdicts.set_exception(TimeoutError("no commit began in time"))
+        return [submission for submission in submissions if not submission.verdicts.done()]
 
     async def _commit(self, poll: Poll, submissions: Sequence[_Submission]) -> None:
+        if not submissions:
+            return
         try:
             batch = list(chain.from_iterable(submission.ballots for submission in submissions))
             if poll.spec.allow_vote_change:

@@ -29,8 +29,8 @@ from command_server.poll import (
 from command_server.poll_log import append, lock
 from command_server.recount import fold_log, recount_votes
 from runtime.failpoints import failpoint
-from runtime.lifecycle import Backoff
-from runtime.postgres import POOL_SECONDS, UNAVAILABLE, queries
+from runtime.lifecycle import Backoff, reasons
+from runtime.postgres import POOL_SECONDS, UNAVAILABLE, check_durability, queries
 
 log = structlog.get_logger()
 sql = queries(__package__)
@@ -65,7 +65,7 @@ class Caretaker:
                 if time.monotonic() - started > 10:
                     backoff.reset()
                 _late.set(backoff.failures + 1)
-                log.warning("taking care of polls failed", errors=[repr(error) for error in failures.exceptions])
+                log.warning("taking care of polls failed", errors=reasons(failures))
                 await backoff.wait()
 
     async def _session(self) -> None:
@@ -73,6 +73,7 @@ class Caretaker:
         try:
             while not await connection.fetchval(sql.lead, _LOCK):
                 await asyncio.sleep(_STANDBY_SECONDS)
+            await check_durability(connection)
             log.info("taking care of polls")
             _leads.set(1)
             _late.set(0)

@@ -7,6 +7,10 @@ STREAM = "TALLY_EVENTS"
 ALL_EVENTS = "tally.events.>"
 REPUBLISH = "tally.republish"
 
+# No event is larger: a poll's definition has at most 1.3 MB, and a batch of votes comes from requests of at most 4 MiB.
+# The NATS servers' max_payload must allow it; their default of 1 MiB does not.
+MAX_EVENT_BYTES = 4 << 20
+
 # Header of each message: the event's version, so that the stream's tail can be checked without parsing it.
 VERSION_HEADER = "Tally-Version"
 # Header that makes JetStream drop a second copy of the same outbox row.

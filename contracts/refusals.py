@@ -1,42 +1,32 @@
-"""Every way in which a call is refused, and the one table that maps each to its gRPC status."""
+"""Every way in which a call is refused, and the one table that maps each to its status. Plain data, without I/O."""
 
 from collections.abc import Mapping
 
-import structlog
 from google.protobuf.any_pb2 import Any
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
+from google.rpc import code_pb2
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
-from grpc import StatusCode
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 from tally.poll.v1.error_reason_pb2 import ErrorReason
-
-from runtime import postgres
-from runtime.serving import InvalidMessage
-
-log = structlog.get_logger()
-
-STORE_FAILURES = (*postgres.UNAVAILABLE, RedisConnectionError, RedisTimeoutError)
 
 DOMAIN = "tally"
 
-STATUS_CODES: Mapping[ErrorReason.ValueType, StatusCode] = {
-    ErrorReason.ERROR_REASON_INVALID_REQUEST: StatusCode.INVALID_ARGUMENT,
-    ErrorReason.ERROR_REASON_UNKNOWN_OPTION: StatusCode.INVALID_ARGUMENT,
-    ErrorReason.ERROR_REASON_TOO_MANY_CHOICES: StatusCode.INVALID_ARGUMENT,
-    ErrorReason.ERROR_REASON_POLL_NOT_FOUND: StatusCode.NOT_FOUND,
-    ErrorReason.ERROR_REASON_VOTE_NOT_FOUND: StatusCode.NOT_FOUND,
-    ErrorReason.ERROR_REASON_POLL_NOT_OPEN: StatusCode.FAILED_PRECONDITION,
-    ErrorReason.ERROR_REASON_POLL_NOT_DRAFT: StatusCode.FAILED_PRECONDITION,
-    ErrorReason.ERROR_REASON_POLL_NOT_CLOSED: StatusCode.FAILED_PRECONDITION,
-    ErrorReason.ERROR_REASON_ALREADY_VOTED: StatusCode.ALREADY_EXISTS,
-    ErrorReason.ERROR_REASON_VOTER_NOT_ELIGIBLE: StatusCode.PERMISSION_DENIED,
-    ErrorReason.ERROR_REASON_OVERLOADED: StatusCode.RESOURCE_EXHAUSTED,
-    ErrorReason.ERROR_REASON_STORE_UNAVAILABLE: StatusCode.UNAVAILABLE,
-    ErrorReason.ERROR_REASON_READ_MODEL_BEHIND: StatusCode.UNAVAILABLE,
-    ErrorReason.ERROR_REASON_INTERNAL: StatusCode.INTERNAL,
+STATUS_CODES: Mapping[ErrorReason.ValueType, int] = {
+    ErrorReason.ERROR_REASON_INVALID_REQUEST: code_pb2.INVALID_ARGUMENT,
+    ErrorReason.ERROR_REASON_UNKNOWN_OPTION: code_pb2.INVALID_ARGUMENT,
+    ErrorReason.ERROR_REASON_TOO_MANY_CHOICES: code_pb2.INVALID_ARGUMENT,
+    ErrorReason.ERROR_REASON_POLL_NOT_FOUND: code_pb2.NOT_FOUND,
+    ErrorReason.ERROR_REASON_VOTE_NOT_FOUND: code_pb2.NOT_FOUND,
+    ErrorReason.ERROR_REASON_POLL_NOT_OPEN: code_pb2.FAILED_PRECONDITION,
+    ErrorReason.ERROR_REASON_POLL_NOT_DRAFT: code_pb2.FAILED_PRECONDITION,
+    ErrorReason.ERROR_REASON_POLL_NOT_CLOSED: code_pb2.FAILED_PRECONDITION,
+    ErrorReason.ERROR_REASON_ALREADY_VOTED: code_pb2.ALREADY_EXISTS,
+    ErrorReason.ERROR_REASON_VOTER_NOT_ELIGIBLE: code_pb2.PERMISSION_DENIED,
+    ErrorReason.ERROR_REASON_OVERLOADED: code_pb2.RESOURCE_EXHAUSTED,
+    ErrorReason.ERROR_REASON_STORE_UNAVAILABLE: code_pb2.UNAVAILABLE,
+    ErrorReason.ERROR_REASON_READ_MODEL_BEHIND: code_pb2.UNAVAILABLE,
+    ErrorReason.ERROR_REASON_INTERNAL: code_pb2.INTERNAL,
 }
 
 # How long a caller should wait before it tries again, in seconds; reasons that are not here do not pass by waiting.
@@ -67,7 +57,7 @@ class Refusal(Exception):  # noqa: N818 - the caller's fault or a passing state,
             delay = Duration()
             delay.FromMilliseconds(round(_RETRY_AFTER[self.reason] * 1000))
             details.append(RetryInfo(retry_delay=delay))
-        status = Status(code=STATUS_CODES[self.reason].value[0], message=self.message)
+        status = Status(code=STATUS_CODES[self.reason], message=self.message)
         for detail in details:
             packed = Any()
             packed.Pack(detail)
@@ -89,24 +79,3 @@ def invalid_request(fields: Mapping[str, str]) -> Refusal:
 def poll_not_found(poll_id: object) -> Refusal:
     """There is no such poll, or a read model has not heard of it yet."""
     return Refusal(ErrorReason.ERROR_REASON_POLL_NOT_FOUND, f"there is no poll {poll_id}")
-
-
-def refusal_of(error: Exception) -> Refusal:
-    """What a caller is told about whatever a handler raised. Defects are logged here and nothing of them leaves."""
-    if isinstance(error, Refusal):
-        return error
-    if isinstance(error, InvalidMessage):
-        return invalid_request(error.fields)
-    if isinstance(error, STORE_FAILURES):
-        log.warning("a store did not answer", error=repr(error))
-        return Refusal(
-            ErrorReason.ERROR_REASON_STORE_UNAVAILABLE,
-            "a database did not answer in time; to repeat the call is safe",
-        )
-    log.error("defect", exc_info=error)
-    return Refusal(ErrorReason.ERROR_REASON_INTERNAL, "internal error")
-
-
-def status_of(error: Exception) -> Status:
-    """The `google.rpc.Status` for whatever a handler raised."""
-    return refusal_of(error).status()

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import ClassVar
+from uuid import UUID
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -13,6 +14,7 @@ from redis.exceptions import RedisError
 from tally.poll.v1.poll_pb2 import PollOption
 from tally.query.v1.query_service_pb2 import RESULTS_SOURCE_LIVE_CACHE, GetResultsResponse, OptionCount, Results
 
+from contracts.freshness import token
 from contracts.live import POSITION_KEY, live_key
 from projector.fold import Tally
 from projector.projection import Change, Displaced
@@ -83,6 +85,7 @@ def _results(poll_id: str, tally: Tally) -> bytes:
         source=RESULTS_SOURCE_LIVE_CACHE,
         eligible_voters=tally.eligible_voters,
         certification=tally.certification,
+        consistency_token=token(UUID(poll_id), tally.version),
     )
     return GetResultsResponse(results=results).SerializeToString()
 

@@ -26,7 +26,7 @@ from projector.gaps import Gaps
 from projector.stream import BEGINNING, Message, Position
 from runtime import nats
 from runtime.failpoints import failpoint
-from runtime.lifecycle import Backoff
+from runtime.lifecycle import Backoff, reasons
 
 log = structlog.get_logger()
 
@@ -113,7 +113,7 @@ class Projection:
                 if time.monotonic() - started > _GOOD_SESSION_SECONDS:
                     backoff.reset()
                 _failures.labels(self._kind.name).inc()
-                log.warning("projecting failed", errors=_reasons(failures), failures=backoff.failures + 1)
+                log.warning("projecting failed", errors=reasons(failures), failures=backoff.failures + 1)
                 await backoff.wait()
 
 
@@ -299,13 +299,3 @@ def _is_uuid(text: str) -> bool:
         return str(UUID(text)) == text
     except ValueError:
         return False
-
-
-def _reasons(failures: BaseExceptionGroup[BaseException]) -> list[str]:
-    reasons: list[str] = []
-    for failure in failures.exceptions:
-        if isinstance(failure, BaseExceptionGroup):
-            reasons += _reasons(failure)
-        else:
-            reasons.append(f"{type(failure).__name__}: {failure}")
-    return reasons

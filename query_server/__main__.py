@@ -7,7 +7,7 @@ from pydantic import Field
 from tally.query.v1 import query_service_pb2
 from tally.query.v1.query_service_pb2_grpc import add_QueryServiceServicer_to_server
 
-from contracts.refusals import status_of
+from contracts.failures import status_of
 from contracts.voters import VoterKeys
 from query_server import live
 from query_server.live import LiveResults

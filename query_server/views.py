@@ -22,6 +22,7 @@ from tally.query.v1.query_service_pb2 import (
     ResultsSource,
 )
 
+from contracts.freshness import token
 from contracts.refusals import invalid_request
 from runtime.postgres import queries
 
@@ -45,7 +46,7 @@ _PAGE_TOKEN_FORMAT = 1
 
 
 class Views:
-    """Reads from the read database. Every method raises one of contracts.refusals.STORE_FAILURES where it is away."""
+    """Reads from the read database. Every method raises one of contracts.failures.STORE_FAILURES where it is away."""
 
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
@@ -171,6 +172,7 @@ def _results(row: Any) -> GetResultsResponse:
             source=ResultsSource.RESULTS_SOURCE_READ_DATABASE,
             eligible_voters=row["eligible_voters"],
             certification=Certification.FromString(row["certification"]) if row["certification"] else None,
+            consistency_token=token(row["poll_id"], row["version"]),
         )
     )
 

@@ -20,8 +20,9 @@ from prometheus_client import Counter, Gauge
 from redis.asyncio import Redis
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 
+from contracts.failures import STORE_FAILURES
 from contracts.live import live_key
-from contracts.refusals import STORE_FAILURES, Refusal, poll_not_found
+from contracts.refusals import Refusal, poll_not_found
 from query_server.freshness import behind
 from query_server.live import FAILURES, LiveResults, version_of
 from query_server.subscriptions import Subscriptions

@@ -11,15 +11,17 @@ from datetime import UTC, datetime
 
 import asyncpg
 import structlog
+from nats import errors as nats_errors
 from prometheus_client import Counter, Gauge
 
+from contracts.bus import MAX_EVENT_BYTES
 from relay import outbox
 from relay.outbox import Outbox
 from relay.repair import Repair
 from relay.stream import Stream
 from runtime import nats, postgres
 from runtime.failpoints import failpoint
-from runtime.lifecycle import Backoff
+from runtime.lifecycle import Backoff, reasons
 
 log = structlog.get_logger()
 sql = postgres.queries(__package__)
@@ -69,7 +71,7 @@ class Shard:
                     backoff.reset()
                 _failures.labels(self._shard).inc()
                 log.warning(
-                    "relaying failed", shard=self._shard, errors=_reasons(failures), failures=backoff.failures + 1
+                    "relaying failed", shard=self._shard, errors=reasons(failures), failures=backoff.failures + 1
                 )
                 await backoff.wait()
 
@@ -78,6 +80,12 @@ class Shard:
             nats.connect(self._nats_url, application=f"relay {self._shard}") as connection,
             outbox.connect(self._write_dsn, self._shard, self._shards) as events,
         ):
+            if connection.max_payload < MAX_EVENT_BYTES:
+                # Better no event at all, and everybody hears of it, than one that blocks all behind it some day.
+                raise nats_errors.Error(
+                    f"NATS refuses messages above {connection.max_payload:,} bytes: set its max_payload to at least"
+                    f" {MAX_EVENT_BYTES:,}"
+                )
             while not await events.lead():
                 self._ready()
                 await asyncio.sleep(_STANDBY_SECONDS)
@@ -132,13 +140,3 @@ class Shard:
             age = (datetime.now(UTC) - state["oldest"]).total_seconds() if state["oldest"] else 0.0
             _age.labels(self._shard).set(age)
             await asyncio.sleep(_WATCH_SECONDS)
-
-
-def _reasons(failures: BaseExceptionGroup[BaseException]) -> list[str]:
-    reasons: list[str] = []
-    for failure in failures.exceptions:
-        if isinstance(failure, BaseExceptionGroup):
-            reasons += _reasons(failure)
-        else:
-            reasons.append(f"{type(failure).__name__}: {failure}")
-    return reasons

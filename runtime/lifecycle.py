@@ -54,3 +54,11 @@ class Backoff:
 
     def reset(self) -> None:
         self.failures = 0
+
+
+def reasons(failures: BaseExceptionGroup[BaseException]) -> list[str]:
+    """What failed, one by one, for the log."""
+    found: list[str] = []
+    for failure in failures.exceptions:
+        found += reasons(failure) if isinstance(failure, BaseExceptionGroup) else [repr(failure)]
+    return found

@@ -246,6 +246,7 @@ async def test_what_came_before_a_broken_request_is_answered(server: CommandServ
 
 
 HUGE = "x" * 10_000_000
+NUL = PollSpec(title="a\0b", method=VOTING_METHOD_SINGLE_CHOICE, options=SPEC.options)
 TWICE = PollSpec(title="?", method=VOTING_METHOD_SINGLE_CHOICE, options=[SPEC.options[0]] * 2)
 
 
@@ -255,6 +256,7 @@ TWICE = PollSpec(title="?", method=VOTING_METHOD_SINGLE_CHOICE, options=[SPEC.op
         ("CreatePoll", pb.CreatePollRequest(), "INVALID_ARGUMENT", "INVALID_REQUEST", ["poll"]),
         ("CreatePoll", pb.CreatePollRequest(request_id="1", poll=SPEC), "INVALID_ARGUMENT", "INVALID_REQUEST",
          ["request_id"]),
+        ("CreatePoll", pb.CreatePollRequest(poll=NUL), "INVALID_ARGUMENT", "INVALID_REQUEST", ["poll.title"]),
         ("CreatePoll", pb.CreatePollRequest(poll=TWICE),
          "INVALID_ARGUMENT", "INVALID_REQUEST", ["poll.options"]),
         ("OpenPoll", pb.OpenPollRequest(poll_id="7"), "INVALID_ARGUMENT", "INVALID_REQUEST", ["poll_id"]),

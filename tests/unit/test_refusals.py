@@ -7,7 +7,8 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 
 from contracts import freshness
-from contracts.refusals import STATUS_CODES, Refusal, invalid_request, reason_name, refusal_of
+from contracts.failures import refusal_of
+from contracts.refusals import STATUS_CODES, Refusal, invalid_request, reason_name
 
 
 @pytest.mark.parametrize("reason", [reason for reason in ErrorReason.values() if reason])
@@ -16,7 +17,7 @@ def test_every_reason_has_a_status_with_its_name(reason: ErrorReason.ValueType) 
     info = ErrorInfo()
     assert status.details[0].Unpack(info)
     assert (info.reason, info.domain) == (reason_name(reason), "tally")
-    assert status.code == STATUS_CODES[reason].value[0]
+    assert status.code == STATUS_CODES[reason]
     retries = [detail for detail in status.details if detail.Is(RetryInfo.DESCRIPTOR)]
     assert bool(retries) == (status.code in {8, 14}), "RetryInfo exactly where trying again can help"
 

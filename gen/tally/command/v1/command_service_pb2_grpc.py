@@ -28,7 +28,8 @@ if _version_not_supported:
 class CommandServiceStub:
     """CommandService changes polls and takes votes. It returns what a caller needs to go on, never results: those are read
     from `tally.query.v1.QueryService`. Every answer means that the change is durable. Errors are described by
-    `tally.poll.v1.ErrorReason`.
+    `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 16 MiB gRPC refuses it before the server
+    sees it, as RESOURCE_EXHAUSTED without details.
     """
 
     def __init__(self, channel):
@@ -87,7 +88,8 @@ class CommandServiceStub:
 class CommandServiceServicer:
     """CommandService changes polls and takes votes. It returns what a caller needs to go on, never results: those are read
     from `tally.query.v1.QueryService`. Every answer means that the change is durable. Errors are described by
-    `tally.poll.v1.ErrorReason`.
+    `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 16 MiB gRPC refuses it before the server
+    sees it, as RESOURCE_EXHAUSTED without details.
     """
 
     def CreatePoll(self, request, context):
@@ -219,7 +221,8 @@ def add_CommandServiceServicer_to_server(servicer, server):
 class CommandService:
     """CommandService changes polls and takes votes. It returns what a caller needs to go on, never results: those are read
     from `tally.query.v1.QueryService`. Every answer means that the change is durable. Errors are described by
-    `tally.poll.v1.ErrorReason`.
+    `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 16 MiB gRPC refuses it before the server
+    sees it, as RESOURCE_EXHAUSTED without details.
     """
 
     @staticmethod

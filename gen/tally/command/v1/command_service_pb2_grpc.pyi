@@ -29,7 +29,8 @@ GRPC_VERSION: str
 class CommandServiceStub:
     """CommandService changes polls and takes votes. It returns what a caller needs to go on, never results: those are read
     from `tally.query.v1.QueryService`. Every answer means that the change is durable. Errors are described by
-    `tally.poll.v1.ErrorReason`.
+    `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 16 MiB gRPC refuses it before the server
+    sees it, as RESOURCE_EXHAUSTED without details.
     """
 
     @_typing.overload
@@ -70,7 +71,8 @@ class CommandServiceStub:
 class CommandServiceAsyncStub(CommandServiceStub):
     """CommandService changes polls and takes votes. It returns what a caller needs to go on, never results: those are read
     from `tally.query.v1.QueryService`. Every answer means that the change is durable. Errors are described by
-    `tally.poll.v1.ErrorReason`.
+    `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 16 MiB gRPC refuses it before the server
+    sees it, as RESOURCE_EXHAUSTED without details.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -107,7 +109,8 @@ class CommandServiceAsyncStub(CommandServiceStub):
 class CommandServiceServicer(metaclass=_abc_1.ABCMeta):
     """CommandService changes polls and takes votes. It returns what a caller needs to go on, never results: those are read
     from `tally.query.v1.QueryService`. Every answer means that the change is durable. Errors are described by
-    `tally.poll.v1.ErrorReason`.
+    `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 16 MiB gRPC refuses it before the server
+    sees it, as RESOURCE_EXHAUSTED without details.
     """
 
     @_abc_1.abstractmethod

@@ -54,7 +54,7 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     """
     ERROR_REASON_STORE_UNAVAILABLE: _ErrorReason.ValueType  # 10
     """ERROR_REASON_STORE_UNAVAILABLE: a database did not answer in time; UNAVAILABLE, with a `google.rpc.RetryInfo`.
-    Whether a command took effect is unknown; repeating it is safe.
+    Whether a command took effect is unknown. To repeat a vote is safe, and a command with the same request_id.
     """
     ERROR_REASON_READ_MODEL_BEHIND: _ErrorReason.ValueType  # 11
     """ERROR_REASON_READ_MODEL_BEHIND: the read model did not reach the asked state within the deadline; UNAVAILABLE, with
@@ -104,7 +104,7 @@ ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 9
 """
 ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 10
 """ERROR_REASON_STORE_UNAVAILABLE: a database did not answer in time; UNAVAILABLE, with a `google.rpc.RetryInfo`.
-Whether a command took effect is unknown; repeating it is safe.
+Whether a command took effect is unknown. To repeat a vote is safe, and a command with the same request_id.
 """
 ERROR_REASON_READ_MODEL_BEHIND: ErrorReason.ValueType  # 11
 """ERROR_REASON_READ_MODEL_BEHIND: the read model did not reach the asked state within the deadline; UNAVAILABLE, with

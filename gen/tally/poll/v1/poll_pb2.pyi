@@ -119,9 +119,9 @@ class PollSpec(message.Message):
     ALLOW_VOTE_CHANGE_FIELD_NUMBER: builtins.int
     ELIGIBILITY_FIELD_NUMBER: builtins.int
     title: builtins.str
-    """title is what voters are asked; 1 to 200 characters."""
+    """title is what voters are asked; 1 to 200 characters, none of them NUL."""
     description: builtins.str
-    """description explains the poll to voters; up to 5,000 characters, may be empty."""
+    """description explains the poll to voters; up to 5,000 characters, none of them NUL; may be empty."""
     method: VotingMethod.ValueType
     """method is how a vote is marked and counted."""
     max_choices: builtins.int
@@ -172,9 +172,9 @@ class PollOption(message.Message):
     OPTION_ID_FIELD_NUMBER: builtins.int
     LABEL_FIELD_NUMBER: builtins.int
     option_id: builtins.str
-    """option_id names the option in votes and results; 1 to 100 characters, unique within its poll."""
+    """option_id names the option in votes and results; 1 to 100 characters, none of them NUL; unique within its poll."""
     label: builtins.str
-    """label is what people see; 1 to 200 characters."""
+    """label is what people see; 1 to 200 characters, none of them NUL."""
     def __init__(
         self,
         *,

@@ -294,6 +294,7 @@ class Results(message.Message):
     SOURCE_FIELD_NUMBER: builtins.int
     ELIGIBLE_VOTERS_FIELD_NUMBER: builtins.int
     CERTIFICATION_FIELD_NUMBER: builtins.int
+    CONSISTENCY_TOKEN_FIELD_NUMBER: builtins.int
     poll_id: builtins.str
     """poll_id names the poll; a UUID."""
     state: poll_pb2.PollState.ValueType
@@ -306,6 +307,10 @@ class Results(message.Message):
     """source is the store that the counts come from."""
     eligible_voters: builtins.int
     """eligible_voters is the number of voters on the electoral roll; 0 where eligibility is OPEN."""
+    consistency_token: builtins.str
+    """consistency_token stands for this version: given as at_least_as_fresh, for example when a watch is begun again at
+    another server, nothing older is shown; opaque.
+    """
     @builtins.property
     def counts(self) -> containers.RepeatedCompositeFieldContainer[OptionCount]:
         """counts has one entry for each option of the poll, in the poll's order."""
@@ -330,10 +335,11 @@ class Results(message.Message):
         source: ResultsSource.ValueType = ...,
         eligible_voters: builtins.int = ...,
         certification: Certification | None = ...,
+        consistency_token: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["as_of", b"as_of", "certification", b"certification"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["as_of", b"as_of", "certification", b"certification", "counts", b"counts", "eligible_voters", b"eligible_voters", "poll_id", b"poll_id", "source", b"source", "state", b"state", "total_votes", b"total_votes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["as_of", b"as_of", "certification", b"certification", "consistency_token", b"consistency_token", "counts", b"counts", "eligible_voters", b"eligible_voters", "poll_id", b"poll_id", "source", b"source", "state", b"state", "total_votes", b"total_votes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -94,7 +94,8 @@ class QueryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchResults(self, request, context):
-        """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow. A slow
+        """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow; for that to
+        hold across streams too, give the last consistency_token as at_least_as_fresh when a stream is begun again. A slow
         reader gets the newest state and never a backlog. Fails with POLL_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -44,7 +44,8 @@ class QueryServiceStub:
     GetResults: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.GetResultsRequest, _query_service_pb2.GetResultsResponse]
     """GetResults returns the current counts of a poll. Fails with POLL_NOT_FOUND."""
     WatchResults: _grpc.UnaryStreamMultiCallable[_query_service_pb2.WatchResultsRequest, _query_service_pb2.WatchResultsResponse]
-    """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow. A slow
+    """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow; for that to
+    hold across streams too, give the last consistency_token as at_least_as_fresh when a stream is begun again. A slow
     reader gets the newest state and never a backlog. Fails with POLL_NOT_FOUND.
     """
     GetVote: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.GetVoteRequest, _query_service_pb2.GetVoteResponse]
@@ -66,7 +67,8 @@ class QueryServiceAsyncStub(QueryServiceStub):
     GetResults: _aio.UnaryUnaryMultiCallable[_query_service_pb2.GetResultsRequest, _query_service_pb2.GetResultsResponse]  # type: ignore[assignment]
     """GetResults returns the current counts of a poll. Fails with POLL_NOT_FOUND."""
     WatchResults: _aio.UnaryStreamMultiCallable[_query_service_pb2.WatchResultsRequest, _query_service_pb2.WatchResultsResponse]  # type: ignore[assignment]
-    """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow. A slow
+    """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow; for that to
+    hold across streams too, give the last consistency_token as at_least_as_fresh when a stream is begun again. A slow
     reader gets the newest state and never a backlog. Fails with POLL_NOT_FOUND.
     """
     GetVote: _aio.UnaryUnaryMultiCallable[_query_service_pb2.GetVoteRequest, _query_service_pb2.GetVoteResponse]  # type: ignore[assignment]
@@ -109,7 +111,8 @@ class QueryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _query_service_pb2.WatchResultsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_query_service_pb2.WatchResultsResponse], _abc.AsyncIterator[_query_service_pb2.WatchResultsResponse]]:
-        """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow. A slow
+        """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow; for that to
+        hold across streams too, give the last consistency_token as at_least_as_fresh when a stream is begun again. A slow
         reader gets the newest state and never a backlog. Fails with POLL_NOT_FOUND.
         """
 

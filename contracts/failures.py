@@ -1,0 +1,33 @@
+"""What a caller is told about whatever a handler raised: the one place where failures become refusals."""
+
+import structlog
+from google.rpc.status_pb2 import Status
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from tally.poll.v1.error_reason_pb2 import ErrorReason
+
+from contracts.refusals import Refusal, invalid_request
+from runtime import postgres
+from runtime.serving import InvalidMessage
+
+log = structlog.get_logger()
+
+STORE_FAILURES = (*postgres.UNAVAILABLE, RedisConnectionError, RedisTimeoutError)
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """What a caller is told about whatever a handler raised. Defects are logged here and nothing of them leaves."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, InvalidMessage):
+        return invalid_request(error.fields)
+    if isinstance(error, STORE_FAILURES):
+        log.warning("a store did not answer", error=repr(error))
+        return Refusal(ErrorReason.ERROR_REASON_STORE_UNAVAILABLE, "a database did not answer in time; try again")
+    log.error("defect", exc_info=error)
+    return Refusal(ErrorReason.ERROR_REASON_INTERNAL, "internal error")
+
+
+def status_of(error: Exception) -> Status:
+    """The `google.rpc.Status` for whatever a handler raised."""
+    return refusal_of(error).status()
