@@ -9,13 +9,14 @@ import asyncio
 import secrets
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from datetime import datetime
+from contextlib import asynccontextmanager
 from itertools import chain
 from typing import NamedTuple
 
 import asyncpg
 import structlog
 from asyncpg.pgproto.pgproto import UUID as KeyUUID  # noqa: N811
+from google.protobuf.timestamp_pb2 import Timestamp
 from prometheus_client import Counter as Count
 from prometheus_client import Gauge, Histogram
 from tally.event.v1.event_pb2 import Event
@@ -65,7 +66,7 @@ class Recorded(NamedTuple):
     """A vote that counts: the event that counts it, and whether an earlier call had recorded it."""
 
     version: int
-    recorded_at: datetime
+    recorded_at: Timestamp
     already: bool
 
 
@@ -147,6 +148,8 @@ class BallotBox:
         self._queues: dict[int, _Queue] = {}
         # Those that are due, each once, in the order in which they are served.
         self._ready: asyncio.Queue[_Queue] = asyncio.Queue()
+        # Connections that worked last time; at most one for each committer.
+        self._idle: list[asyncpg.Connection] = []
         self._ballots = 0
         self._room = asyncio.Condition()
 
@@ -193,6 +196,8 @@ class BallotBox:
     async def _commit_forever(self) -> None:
         while True:
             queue = await self._ready.get()
+            # Ballots whose requests have arrived, but were not read yet, come into this batch too.
+            await asyncio.sleep(0)
             queue.offered = False
             submissions = queue.take()
             queue.committing += 1
@@ -266,7 +271,7 @@ class BallotBox:
         async with asyncio.timeout(PATIENCE_SECONDS):
             while True:
                 try:
-                    async with asyncio.timeout(ATTEMPT_SECONDS), self._pool.acquire(timeout=POOL_SECONDS) as connection:
+                    async with asyncio.timeout(ATTEMPT_SECONDS), self._connection() as connection:
                         if poll.state != OPEN:
                             return await self._record_none(connection, poll, batch_id, batch)
                         if all_new:
@@ -286,6 +291,20 @@ class BallotBox:
                         raise
                     self._polls.forget(poll)
                     poll = poll._replace(state=CLOSED)
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[asyncpg.Connection]:
+        """A connection for one attempt. After a success it is kept for the next one: the way through the pool would cost
+        each small commit several turns of the loop."""
+        connection = self._idle.pop() if self._idle else None
+        if connection is None or connection.is_closed():
+            connection = await self._pool.acquire(timeout=POOL_SECONDS)
+        try:
+            yield connection
+        except BaseException:
+            await self._pool.release(connection, timeout=POOL_SECONDS)
+            raise
+        self._idle.append(connection)
 
     async def _record_new(
         self, connection: asyncpg.Connection, poll: Poll, batch_id: int, batch: Sequence[bytes]
@@ -308,7 +327,7 @@ class BallotBox:
                 failpoint("command.before_commit")
         failpoint("command.after_commit")
         _count(len(batch))
-        return Verdicts(Recorded(row["version"], row["recorded_at"], already=False), {})
+        return Verdicts(_recorded(row), {})
 
     async def _record_some(
         self, connection: asyncpg.Connection, poll: Poll, batch_id: int, batch: Sequence[bytes]
@@ -333,7 +352,7 @@ class BallotBox:
                 votes = ballots.votes_cast(batch_id, sorted(first[key] for key in written), weights, replaced)
                 payload = Event(votes_cast=votes).SerializeToString()
                 row = await connection.fetchrow(sql.log_votes, poll.poll_no, batch_id, payload)
-                recorded = Recorded(row["version"], row["recorded_at"], already=False)
+                recorded = _recorded(row)
                 failpoint("command.before_commit")
         failpoint("command.after_commit")
         _count(len(written))
@@ -361,9 +380,7 @@ class BallotBox:
         """The recorded votes of these voters; those that carry `batch_id` are not `already` recorded."""
         rows = await connection.fetch(sql.find_votes, poll.poll_no, [KeyUUID(key) for key in keys])
         return {
-            row["voter_key"].bytes: _Standing(
-                row["choices"], Recorded(row["version"], row["recorded_at"], already=row["batch_id"] != batch_id)
-            )
+            row["voter_key"].bytes: _Standing(row["choices"], _recorded(row, already=row["batch_id"] != batch_id))
             for row in rows
         }
 
@@ -393,6 +410,12 @@ def _judge(batch: Sequence[bytes], standing: "dict[bytes, _Standing]", without: 
             # A further ballot of this voter in the batch repeats this one.
             standing[key] = vote._replace(recorded=recorded._replace(already=True))
     return Verdicts(recorded, others)
+
+
+def _recorded(row: asyncpg.Record, *, already: bool = False) -> Recorded:
+    moment = Timestamp()
+    moment.FromDatetime(row["recorded_at"])
+    return Recorded(row["version"], moment, already)
 
 
 def _count(votes: int) -> None:

@@ -2,12 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 import grpc
-from google.protobuf.timestamp_pb2 import Timestamp
 from tally.command.v1 import command_service_pb2 as pb
 from tally.command.v1.command_service_pb2_grpc import CommandServiceServicer
 from tally.poll.v1.poll_pb2 import VoteReceipt
@@ -96,7 +94,7 @@ class CommandService(CommandServiceServicer):
                 poll_id=str(poll.poll_id),
                 receipt_id=self._voters.receipt_id(poll.poll_id, voter_key),
                 version=recorded.version,
-                recorded_at=_timestamp(recorded.recorded_at),
+                recorded_at=recorded.recorded_at,
             ),
             already_recorded=recorded.already,
             consistency_token=token(poll.poll_id, recorded.version),
@@ -177,9 +175,3 @@ class _Batch:
         for index, refusal in sorted(rejected.items()):
             response.rejections.add(index=index, reason=refusal.reason, message=refusal.message)
         return response
-
-
-def _timestamp(moment: datetime) -> Timestamp:
-    timestamp = Timestamp()
-    timestamp.FromDatetime(moment)
-    return timestamp

@@ -1,5 +1,6 @@
 """The stream of events in JetStream, as the relay writes it."""
 
+import asyncio
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,10 @@ from relay.outbox import OutboxEvent
 
 log = structlog.get_logger()
 
+# Each question to NATS has this limit, and none of the library's own: those use asyncio.wait_for, which in Python 3.11
+# can lose a cancellation, and then a session would not end.
 _SECONDS = 5.0
+_NO_LIMIT: Any = None
 # How long JetStream remembers message ids: a relay that takes over publishes the last events of the other once more.
 _DUPLICATE_WINDOW_SECONDS = 120.0
 
@@ -25,24 +29,25 @@ class Stream:
 
     def __init__(self, connection: Client, shard: int) -> None:
         self._connection = connection
-        self._jetstream = connection.jetstream(timeout=_SECONDS)
+        self._jetstream = connection.jetstream(timeout=_NO_LIMIT)
         self._shard = shard
         # Whether the stream drops old messages by itself.
         self.discards = False
 
     async def ensure(self) -> None:
         """Creates the stream, or adds to an existing one what is needed; its limits stay as the operator set them."""
-        try:
-            config = (await self._jetstream.stream_info(STREAM)).config
-        except NotFoundError:
-            config = StreamConfig(name=STREAM, storage=StorageType.FILE, retention=RetentionPolicy.LIMITS)
-            info = await self._jetstream.add_stream(_required(config))
-            log.info("stream created", stream=STREAM, created=str(info.created))
-            return
-        self.discards = any(limit and limit > 0 for limit in (config.max_age, config.max_bytes, config.max_msgs))
-        if config != _required(config):
-            await self._jetstream.update_stream(_required(config))
-            log.info("stream updated", stream=STREAM)
+        async with asyncio.timeout(_SECONDS):
+            try:
+                config = (await self._jetstream.stream_info(STREAM)).config
+            except NotFoundError:
+                config = StreamConfig(name=STREAM, storage=StorageType.FILE, retention=RetentionPolicy.LIMITS)
+                info = await self._jetstream.add_stream(_required(config))
+                log.info("stream created", stream=STREAM, created=str(info.created))
+                return
+            self.discards = any(limit and limit > 0 for limit in (config.max_age, config.max_bytes, config.max_msgs))
+            if config != _required(config):
+                await self._jetstream.update_stream(_required(config))
+                log.info("stream updated", stream=STREAM)
 
     async def publish(self, events: Sequence[OutboxEvent]) -> None:
         """Returns once all events are stored, in this order. Raises if that is unknown; then a later event of the list
@@ -69,9 +74,11 @@ class Stream:
             raise APIError(description="NATS does not support atomic batches: version 2.12 or later is needed")
 
     async def _acknowledged(self, event: OutboxEvent, headers: dict[str, str]) -> dict[str, Any]:
-        message = await self._connection.request(
-            self._subject(event), event.data, timeout=_SECONDS, headers=_headers(event) | headers
-        )
+        headers |= _headers(event)
+        async with asyncio.timeout(_SECONDS):
+            message = await self._connection.request(
+                self._subject(event), event.data, timeout=_NO_LIMIT, headers=headers
+            )
         ack: dict[str, Any] = json.loads(message.data)
         if "error" in ack:
             raise APIError.from_error(ack["error"])
@@ -80,27 +87,26 @@ class Stream:
     async def versions(self, polls: Sequence[UUID]) -> dict[UUID, int]:
         """The version of the last message of each poll; a poll without messages is left out. At most 500 polls."""
         subjects = {event_subject(self._shard, poll_id): poll_id for poll_id in polls}
-        consumer = await self._jetstream.add_consumer(
-            STREAM,
-            ConsumerConfig(
-                deliver_policy=DeliverPolicy.LAST_PER_SUBJECT,
-                filter_subjects=list(subjects),
-                headers_only=True,
-                ack_policy=AckPolicy.NONE,
-                mem_storage=True,
-                num_replicas=1,
-                inactive_threshold=_SECONDS,
-            ),
+        config = ConsumerConfig(
+            deliver_policy=DeliverPolicy.LAST_PER_SUBJECT,
+            filter_subjects=list(subjects),
+            headers_only=True,
+            ack_policy=AckPolicy.NONE,
+            mem_storage=True,
+            num_replicas=1,
+            inactive_threshold=_SECONDS,
         )
         found: dict[UUID, int] = {}
-        if consumer.num_pending:
-            subscription = await self._jetstream.pull_subscribe_bind(consumer.name, STREAM)
-            for message in await subscription.fetch(consumer.num_pending, timeout=_SECONDS):
-                version = (message.headers or {}).get(VERSION_HEADER, "")
-                # Someone else's message is as good as none.
-                found[subjects[message.subject]] = int(version) if version.isdecimal() else 0
-            await subscription.unsubscribe()
-        await self._jetstream.delete_consumer(STREAM, consumer.name)
+        async with asyncio.timeout(_SECONDS):
+            consumer = await self._jetstream.add_consumer(STREAM, config)
+            if consumer.num_pending:
+                subscription = await self._jetstream.pull_subscribe_bind(consumer.name, STREAM)
+                for message in await subscription.fetch(consumer.num_pending, timeout=_NO_LIMIT):
+                    version = (message.headers or {}).get(VERSION_HEADER, "")
+                    # Someone else's message is as good as none.
+                    found[subjects[message.subject]] = int(version) if version.isdecimal() else 0
+                await subscription.unsubscribe()
+            await self._jetstream.delete_consumer(STREAM, consumer.name)
         return found
 
     def _subject(self, event: OutboxEvent) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,11 @@ def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
             loop.add_signal_handler(number, stop.set)
         await main(stop)
 
+    # What is loaded by now stays: the garbage collector need not look at it again. Nor need it look so often at what calls
+    # leave behind, which is hardly ever a cycle: that took a fifth of the time of a server under load.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
     uvloop.run(supervised())
 
 

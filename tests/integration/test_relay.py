@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,7 +26,9 @@ from contracts.bus import ALL_EVENTS, REPUBLISH, STREAM, event_subject, republis
 from relay import outbox, shard
 from relay.__main__ import RelaySettings
 from relay.__main__ import relay as run_relay
+from relay.repair import Repair
 from runtime.embedded import Stores
+from runtime.postgres import connect_pool
 from tests.event_log import EventLog, WrittenPoll, event_log
 from tests.processes import eventually, service
 from tests.proxy import proxy
@@ -272,7 +275,44 @@ async def test_where_the_stream_may_forget_old_polls_they_are_not_missed(
 
         await eventually(there)
         await drained(log)
+    pool = await connect_pool(write_dsn, size=2, application="test")
+    writing = relay.stream.Stream(bus, shard=0)
+    await writing.ensure()
+    await Repair(pool, bus, writing, shard=0, shards=1).check_tails_once(datetime.min.replace(tzinfo=UTC))
+    assert await log.waiting() == 0
     assert (await published(bus)).versions(old) == []
+    await stream.purge_stream(STREAM, keep=1)
+    await stream.update_stream(config.evolve(max_age=0))
+    await writing.ensure()
+    await Repair(pool, bus, writing, shard=0, shards=1).check_tails_once(datetime.min.replace(tzinfo=UTC))
+    assert await log.waiting() == 1
+    await pool.close()
+
+
+async def test_what_the_stream_refuses_stays_in_the_outbox(
+    log: EventLog, write_dsn: str, nats_url: str, bus: Client
+) -> None:
+    stream: JetStreamContext = bus.jetstream()
+    await stream.add_stream(StreamConfig(name=STREAM, subjects=[ALL_EVENTS], max_msg_size=2000))
+    failures = shard._failures.labels(0)._value.get
+    before = failures()
+    poll = await log.poll()
+    await log.cast(poll)
+    await log.cast(poll, votes=500)
+    await log.cast(poll)
+    async with relaying(write_dsn, nats_url):
+
+        async def refused() -> None:
+            assert failures() > before + 1
+
+        await eventually(refused)
+        # Nothing passes it: the events of a poll stay in order.
+        assert (await published(bus)).versions(poll) == [1, 2, 3]
+        assert await log.waiting() == 5
+        config = (await stream.stream_info(STREAM)).config
+        await stream.update_stream(config.evolve(max_msg_size=-1))
+        await drained(log)
+    assert (await published(bus)).versions(poll) == [1, 2, 3, 4, 5]
 
 
 async def test_a_range_is_published_again_up_to_the_head(
@@ -375,13 +415,20 @@ async def test_sigterm_leaves_nothing_acknowledged_behind(
 ) -> None:
     poll = await log.poll()
     async with log.connection.transaction():
-        for _ in range(3000):
+        for _ in range(8000):
             await log.cast(poll)
     async with service(tmp_path, "relay", write_dsn=write_dsn, nats_url=nats_url) as process:
+
+        async def begun() -> None:
+            assert await log.waiting() < poll.version
+
+        await eventually(begun)
         started = time.monotonic()
         assert await process.stop()
         assert time.monotonic() - started < 3
         assert process.how_it_ended() == "ended with status 0"
     versions = (await published(bus)).versions(poll)
     assert versions == list(range(1, len(versions) + 1))
+    # It was in the middle of it.
+    assert 0 < len(versions) < poll.version
     assert await log.waiting() == poll.version - len(versions)
