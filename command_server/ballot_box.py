@@ -294,8 +294,8 @@ class BallotBox:
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[asyncpg.Connection]:
-        """A connection for one attempt. After a success it is kept for the next one: the way through the pool would cost
-        each small commit several turns of the loop."""
+        """A connection for one attempt, kept for the next one after a success: the way through the pool would cost each
+        small commit several turns of the loop."""
         connection = self._idle.pop() if self._idle else None
         if connection is None or connection.is_closed():
             connection = await self._pool.acquire(timeout=POOL_SECONDS)

@@ -29,8 +29,8 @@ def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
             loop.add_signal_handler(number, stop.set)
         await main(stop)
 
-    # What is loaded by now stays: the garbage collector need not look at it again. Nor need it look so often at what calls
-    # leave behind, which is hardly ever a cycle: that took a fifth of the time of a server under load.
+    # What is loaded by now stays: the garbage collector need not look at it again. Nor need it look so often at what
+    # calls leave behind, which is hardly ever a cycle: that took a fifth of the time of a server under load.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
