@@ -163,12 +163,14 @@ def choose(spec: PollSpec, option_numbers: Mapping[str, int], option_ids: Sequen
     return numbers
 
 
-def invalid_voter_id(voter_id: str) -> Refusal:
-    """The answer to a voter id that the contract does not allow."""
-    return Refusal(
-        ErrorReason.ERROR_REASON_INVALID_REQUEST,
-        f"voter_id: must have 1 to {MAX_VOTER_ID_CHARACTERS} characters, has {len(voter_id)}",
-    )
+def check_voter_id(voter_id: str) -> str:
+    """The voter id, if the contract allows it."""
+    if not 1 <= len(voter_id) <= MAX_VOTER_ID_CHARACTERS:
+        raise Refusal(
+            ErrorReason.ERROR_REASON_INVALID_REQUEST,
+            f"voter_id: must have 1 to {MAX_VOTER_ID_CHARACTERS} characters, has {len(voter_id)}",
+        )
+    return voter_id
 
 
 def not_open(state: str, why: str = "it takes no votes") -> Refusal:

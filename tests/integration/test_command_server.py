@@ -8,7 +8,7 @@ import random
 import signal
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -507,3 +507,38 @@ async def test_workers_share_a_port_and_are_replaced(write_dsn: str, tmp_path: P
         for channel in channels:
             await channel.close()
     assert not [child for child in [*children, *alive] if child.is_running() and child.status() != "zombie"]
+
+
+async def test_a_producer_faster_than_the_database_fills_no_memory(write_dsn: str, tmp_path: Path) -> None:
+    """The poll's row is locked, so nothing can be recorded; several streams send all they can, and are not read."""
+    settings = {"command_listen": f"127.0.0.1:{free_port()}", "write_dsn": write_dsn, "voter_secret": VOTER_SECRET}
+    connection = await asyncpg.connect(write_dsn)
+    async with (
+        service(tmp_path, "command_server", **settings) as process,
+        grpc.aio.insecure_channel(settings["command_listen"]) as channel,
+    ):
+        server = CommandServiceStub(channel)
+        poll_id = await open_poll(server)
+        sent = [0]
+
+        def flood(name: str) -> Iterator[pb.CastVotesRequest]:
+            for number in range(400):
+                sent[0] += 1
+                yield batch(poll_id, *((f"{name}-{number}-{n}", "mon") for n in range(5000)))
+
+        async with connection.transaction():
+            await connection.execute("SELECT FROM polls FOR UPDATE")
+            streams = [server.CastVotes(flood(f"stream-{n}")) for n in range(6)]
+            memory: list[int] = []
+            seen = -1
+            async with asyncio.timeout(20):
+                # Until nothing more is taken from the streams.
+                while sent[0] > seen or len(memory) < 10:
+                    seen = sent[0]
+                    await asyncio.sleep(0.2)
+                    memory.append(psutil.Process(process.pid).memory_info().rss >> 20)
+            assert sent[0] < 6 * 400, "the streams are held back"
+            assert max(memory) < 400, f"RSS in MiB: {memory}"
+            for stream in streams:
+                stream.cancel()
+    await connection.close()

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -14,6 +15,7 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 from tally.command.v1 import command_service_pb2 as pb
+from tally.command.v1.command_service_pb2_grpc import CommandServiceStub
 from tally.event.v1.event_pb2 import Event
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 from tally.poll.v1.poll_pb2 import (
@@ -27,7 +29,9 @@ from tally.poll.v1.poll_pb2 import (
 from command_server.ballots import option_numbers
 from contracts import freshness
 from contracts.counting import added_votes, count_changes
-from tests.servers import command_server, refused, sql
+from runtime.embedded import free_port
+from tests.processes import service
+from tests.servers import VOTER_SECRET, command_server, refused, sql
 
 if TYPE_CHECKING:
     from tally.command.v1.command_service_pb2_grpc import CommandServiceAsyncStub
@@ -445,3 +449,38 @@ class TestCertification:
         await server.CertifyPoll(pb.CertifyPollRequest(poll_id=poll_id))
         recount = (await until(write_dsn, poll_id, "poll_certified")).events[-1].poll_certified.recount
         assert list(recount.counts) == [700, 500, 50, 50]
+
+    async def test_a_caretaker_that_dies_half_way_is_replaced(self, write_dsn: str, tmp_path: Path) -> None:
+        settings = {
+            "command_listen": f"127.0.0.1:{free_port()}",
+            "write_dsn": write_dsn,
+            "voter_secret": VOTER_SECRET,
+        }
+        async with (
+            service(tmp_path, "command_server", failpoint="caretaker.before_certified", **settings) as doomed,
+            grpc.aio.insecure_channel(settings["command_listen"]) as channel,
+        ):
+            poll_id = await self.election(CommandServiceStub(channel))
+            await close(CommandServiceStub(channel), poll_id)
+            await CommandServiceStub(channel).CertifyPoll(pb.CertifyPollRequest(poll_id=poll_id))
+            async with asyncio.timeout(20):
+                await doomed.ended()
+        log = await read(write_dsn, poll_id)
+        assert log.changes[-1] == "certification_requested"
+        async with command_server(write_dsn):
+            log = await until(write_dsn, poll_id, "poll_certified")
+        assert list(log.events[-1].poll_certified.recount.counts) == [700, 500, 50, 50]
+        assert not await sql(write_dsn, "SELECT FROM recounts")
+
+    async def test_votes_elsewhere_go_on_during_a_recount(
+        self, server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("command_server.recount._VOTES_OF_A_PAGE", 2)
+        counted, other = await self.election(server), await open_poll(server)
+        await close(server, counted)
+        await server.CertifyPoll(pb.CertifyPollRequest(poll_id=counted))
+        voters = 0
+        while "poll_certified" not in (await read(write_dsn, counted)).changes:
+            await server.CastVote(vote(other, f"voter-{voters}", "a"), timeout=2)
+            voters += 1
+        assert (await read(write_dsn, other)).voters == voters > 3
