@@ -157,7 +157,9 @@ class Postgres:
                 break
             await asyncio.sleep(0.02)
         record = self._data / "postmaster.pid"
-        server = int(record.read_text().split()[0]) if record.exists() else None
+        words = record.read_text().split() if record.exists() else []
+        # Empty after a disk that was full.
+        server = int(words[0]) if words else None
         if server in working:
             # Someone has started it by other means; the new one will say so and end.
             return

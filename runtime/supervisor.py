@@ -262,7 +262,8 @@ class Supervisor:
             await backoff.wait()
             try:
                 await process.start()
-            except Died as death:
+            except (Died, OSError) as death:
+                # OSError: a full disk, for example. That is no reason to stop what still runs.
                 self._say(f"{death}\n{process.name} is started again, attempt {backoff.failures + 1}")
             else:
                 return
@@ -273,8 +274,12 @@ class Supervisor:
             for process in self.processes
             if (pid := process.pid)
         ]
-        write_atomically(self._directory / "processes.json", json.dumps(running))
-        self._on_change(self.processes)
+        try:
+            write_atomically(self._directory / "processes.json", json.dumps(running))
+            self._on_change(self.processes)
+        except OSError as error:
+            # What is written is out of date, and what runs goes on.
+            self._say(f"the record of the processes cannot be written: {error}")
 
 
 async def start_together(processes: Iterable[Process]) -> None:
