@@ -1,31 +1,19 @@
-"""Ballots in a CSV file, one row each, read from the disk as often as needed and never held in memory."""
+"""Ballots in a CSV file, one row each."""
 
-import codecs
-import csv
-import gzip
 import hashlib
-import io
-import lzma
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clients.failures import Failure
+from clients.sheets import Row, Sheet, UnusableFile, new_digest
+from clients.voters import voter_id_fault
 
 MAX_OPTIONS = 1_000
 MAX_OPTION_ID = 100
 MAX_LABEL = 200
-MAX_VOTER_ID = 256
-_MAX_LINE = 1 << 20
-_SHOWN_COLUMNS = 20
 
-# line (where the row begins; the header is on line 1), voter_id, option_id, fault ("": the ballot is good).
-Ballot = tuple[int, str, str, str]
-
-
-class UnusableFile(Failure):
-    """The file cannot be imported; the text says where it is wrong."""
+# line (where the row begins; the header is on line 1), voter_id, option_ids, fault ("": the ballot is good).
+Ballot = tuple[int, str, Sequence[str], str]
 
 
 @dataclass(frozen=True)
@@ -35,127 +23,91 @@ class Survey:
     digest: str
     """BLAKE2b of the decompressed content, 32 hexadecimal digits: the same for votes.csv and votes.csv.gz."""
     choices: dict[str, int]
-    """How many good ballots name each choice, most chosen first."""
+    """How many good ballots mark each choice, most chosen first."""
+    votes: int
     faulty: int
     blank: int
     ignored: int
-
-    @property
-    def votes(self) -> int:
-        return sum(self.choices.values())
 
 
 @dataclass(frozen=True)
 class BallotFile:
     """A file (.csv, .csv.gz or .csv.xz; UTF-8) and the meaning of its columns.
 
-    Without `voter_column`, the file's content and the line name the voter. Rows whose choice is blank or `ignored` are
-    not ballots.
+    Each of `choice_columns` marks one choice, the same one twice in a row marks it once. Without `voter_column`, the
+    file's content and the line name the voter. Choices that are blank or `ignored` mark nothing, and rows without any
+    other are not ballots.
     """
 
     path: Path
-    choice_column: str
+    choice_columns: tuple[str, ...]
     voter_column: str | None = None
     ignored: frozenset[str] = frozenset()
 
     def survey(self) -> Survey:
         """Reads the whole file once, to find every fault before anything is sent. Raises UnusableFile."""
-        if self.path.exists() and not self.path.is_file():
-            raise UnusableFile(f"{self.path}: not a file that can be read twice")
-        digest = hashlib.blake2b(digest_size=16)
+        digest = new_digest()
         choices: dict[str, int] = {}
-        blank = ignored = faulty = 0
-        for _, choice, _, fault in self._rows(digest):
+        votes = blank = ignored = faulty = 0
+        for _, cells, _, fault in self._rows(self._sheet.rows(digest)):
             if fault:
                 faulty += 1
-            elif choice in choices:
-                choices[choice] += 1
-            elif not choice.strip():
-                blank += 1
-            elif choice in self.ignored:
+            elif marked := self._marked(cells):
+                votes += 1
+                for choice in marked:
+                    choices[choice] = choices.get(choice, 0) + 1
+                if len(choices) > MAX_OPTIONS:
+                    raise UnusableFile(
+                        f"{self.path}: {self.columns_named} more than {MAX_OPTIONS:,} different choices,"
+                        " which is the most that a poll can have"
+                    )
+            elif any(cell.strip() for cell in cells):
                 ignored += 1
-            elif len(choices) == MAX_OPTIONS:
-                raise UnusableFile(
-                    f"{self.path}: column {self.choice_column!r} holds more than {MAX_OPTIONS:,} different choices,"
-                    " which is the most that a poll can have"
-                )
             else:
-                choices[choice] = 1
-        if not (choices or blank or ignored or faulty):
+                blank += 1
+        if not (votes or blank or ignored or faulty):
             raise UnusableFile(f"{self.path}: there is no row below the header")
         ranked = dict(sorted(choices.items(), key=lambda item: -item[1]))
-        return Survey(digest.hexdigest(), ranked, faulty, blank, ignored)
+        return Survey(digest.hexdigest(), ranked, votes, faulty, blank, ignored)
 
     def ballots(self, survey: Survey) -> Iterator[Ballot]:
         """Reads the file again. Raises UnusableFile at its end where it is not the file that was surveyed."""
-        digest = hashlib.blake2b(digest_size=16)
         option_ids = {choice: option_id(choice) for choice in survey.choices}
-        for line, choice, voter_id, fault in self._rows(digest, survey.digest):
+        for line, cells, voter_id, fault in self._rows(self._sheet.rows_again(survey.digest), survey.digest):
             if fault:
-                yield line, "", "", fault
-            elif choice in option_ids:
-                yield line, voter_id, option_ids[choice], ""
-        if digest.hexdigest() != survey.digest:
-            raise UnusableFile(f"{self.path}: the file changed while it was being imported")
+                yield line, "", (), fault
+            # No option is blank or ignored.
+            elif marked := dict.fromkeys([option_ids[cell] for cell in cells if cell in option_ids]):
+                yield line, voter_id, list(marked), ""
 
-    def _rows(self, digest: "hashlib.blake2b", voter_prefix: str = "") -> Iterator[tuple[int, str, str, str]]:
-        """Each row below the header as line, choice, voter_id, fault; `digest` takes in what is read."""
-        # Strict: an unclosed quote would otherwise swallow the rest of the file, silently.
-        reader = csv.reader(self._lines(digest), strict=True)
-        line = 1
-        try:
-            header = next(reader, None)
-            if header is None:
-                raise UnusableFile(f"{self.path}: the file is empty")
-            choice_at = self._column(header, self.choice_column)
-            voter_at = None if self.voter_column is None else self._column(header, self.voter_column)
-            width = len(header)
-            line = reader.line_num + 1
-            for row in reader:
-                if len(row) == width:
-                    choice = row[choice_at]
-                    if voter_at is None:
-                        yield line, choice, f"{voter_prefix}:{line}", ""
-                    elif 1 <= len(voter_id := row[voter_at]) <= MAX_VOTER_ID or self._is_no_ballot(choice):
-                        yield line, choice, voter_id, ""
-                    else:
-                        yield line, choice, "", f"voter_id: has {len(voter_id)} characters, not 1 to {MAX_VOTER_ID}"
-                elif row:
-                    yield line, "", "", f"the row has {len(row)} cells and the header {width}"
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise UnusableFile(f"{self.path}: line {line}: not valid CSV: {error}") from None
+    @property
+    def columns_named(self) -> str:
+        """The beginning of a sentence about the choices: `column 'vote' holds`."""
+        columns = ", ".join(repr(column) for column in self.choice_columns)
+        return f"columns {columns} hold" if len(self.choice_columns) > 1 else f"column {columns} holds"
 
-    def _is_no_ballot(self, choice: str) -> bool:
-        return choice in self.ignored or not choice.strip()
+    @property
+    def _sheet(self) -> Sheet:
+        voter_column = () if self.voter_column is None else (self.voter_column,)
+        return Sheet(self.path, (*self.choice_columns, *voter_column))
 
-    def _column(self, header: list[str], name: str) -> int:
-        for column in header:
-            # Spreadsheets leave nameless columns at the end; those are in nobody's way.
-            if column and header.count(column) > 1:
-                raise UnusableFile(f"{self.path}: the header names {column!r} more than once")
-        if name not in header:
-            columns = ", ".join(repr(column[:MAX_OPTION_ID]) for column in header[:_SHOWN_COLUMNS])
-            more = f" and {len(header) - _SHOWN_COLUMNS} more" if len(header) > _SHOWN_COLUMNS else ""
-            raise UnusableFile(f"{self.path}: there is no column {name!r}; the columns are {columns}{more}")
-        return header.index(name)
+    def _rows(self, rows: Iterator[Row], voter_prefix: str = "") -> Iterator[tuple[int, Sequence[str], str, str]]:
+        """Each row as line, the cells with choices, voter_id, fault."""
+        for line, cells, fault in rows:
+            if fault:
+                yield line, (), "", fault
+            elif self.voter_column is None:
+                yield line, cells, f"{voter_prefix}:{line}", ""
+            else:
+                *choices, voter_id = cells
+                fault_of_voter = voter_id_fault(voter_id)
+                if fault_of_voter and self._marked(choices):
+                    yield line, (), "", fault_of_voter
+                else:
+                    yield line, choices, voter_id, ""
 
-    def _lines(self, digest: "hashlib.blake2b") -> Iterator[str]:
-        number = 0
-        try:
-            with _open(self.path) as file:
-                while data := file.readline(_MAX_LINE):
-                    number += 1
-                    if len(data) == _MAX_LINE:
-                        raise UnusableFile(f"{self.path}: line {number}: longer than {_MAX_LINE:,} bytes")
-                    digest.update(data)
-                    yield (data.removeprefix(codecs.BOM_UTF8) if number == 1 else data).decode()
-        except UnicodeDecodeError as error:
-            raise UnusableFile(f"{self.path}: line {number}: not valid UTF-8 at byte {error.start + 1}") from None
-        except OSError as error:
-            raise UnusableFile(f"{self.path}: {error.strerror or error}") from None
-        except (EOFError, zlib.error, lzma.LZMAError) as error:
-            raise UnusableFile(f"{self.path}: damaged after line {number}: {error}") from None
+    def _marked(self, cells: Sequence[str]) -> dict[str, None]:
+        return dict.fromkeys([cell for cell in cells if cell not in self.ignored and cell.strip()])
 
 
 def option_id(choice: str) -> str:
@@ -163,13 +115,3 @@ def option_id(choice: str) -> str:
     if len(choice) <= MAX_OPTION_ID:
         return choice
     return f"{choice[: MAX_OPTION_ID - 13]}~{hashlib.blake2b(choice.encode(), digest_size=6).hexdigest()}"
-
-
-def _open(path: Path) -> io.BufferedReader:
-    match path.suffix.lower():
-        case ".gz":
-            return io.BufferedReader(gzip.open(path))
-        case ".xz":
-            return io.BufferedReader(lzma.open(path))
-        case _:
-            return path.open("rb")

@@ -9,13 +9,14 @@ from typing import Annotated
 
 import typer
 from rich.live import Live
-from tally.command.v1.command_service_pb2 import CastVoteRequest, CastVoteResponse
+from tally.command.v1.command_service_pb2 import CastVoteRequest, RegisterVotersResponse
+from tally.poll.v1.poll_pb2 import VotingMethod
 from tally.query.v1.query_service_pb2 import GetResultsRequest, GetResultsResponse
 
-from clients import databases, polls
+from clients import polls
 from clients.ballots import BallotFile
 from clients.charts import bar_chart, change_line, results_table
-from clients.connection import Address, CommandServer, QueryServer, find_address
+from clients.connection import Address, CommandServer, QueryServer, command, find_address
 from clients.failures import Failure
 from clients.importing import Import, Outcome, PollTakesNoVotes
 from clients.options import (
@@ -30,7 +31,9 @@ from clients.options import (
 )
 from clients.output import Output, console, plain, print_fields, print_json, say
 from clients.progress import Progress
-from clients.up import up
+from clients.registering import Registration
+from clients.voters import RollFile
+from clients.watchers import voting_method
 from clients.watchers import watch as watch_results
 
 _INTERRUPTED = 130
@@ -43,7 +46,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Tally: durable votes, exact counts, live results.",
 )
-app.command()(up)
 app.add_typer(polls.app, name="poll")
 
 
@@ -60,17 +62,38 @@ def main() -> None:
 
 
 @app.command()
+def up(
+    data_dir: Annotated[Path, typer.Option(help="Where data, logs and run.json are kept.")] = DEFAULT_DATA_DIR,
+    command_port: Annotated[int, typer.Option(min=0, max=65535, help="CommandService; 0: any free port.")] = 50051,
+    query_port: Annotated[int, typer.Option(min=0, max=65535, help="QueryService; 0: any free port.")] = 50052,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of all processes.")] = False,
+) -> None:
+    """Start everything on this machine: Postgres, NATS, Redis and Tally's services, until Ctrl-C.
+
+    A store whose TALLY_WRITE_DSN, TALLY_READ_DSN, TALLY_NATS_URL or TALLY_REDIS_URL is set is not started: that one is
+    used instead.
+    """
+    # Here, for the other commands need no Postgres driver, and would start a third later.
+    from clients.up import run  # noqa: PLC0415
+
+    run(data_dir, command_port, query_port, verbose)
+
+
+@app.command()
 def vote(
     poll: PollId,
     voter: Annotated[str, typer.Argument(metavar="VOTER", help="Who votes, in your own terms; 1 to 256 characters.")],
-    option: Annotated[str, typer.Argument(metavar="OPTION", help="The option's id.")],
+    options: Annotated[
+        list[str], typer.Argument(metavar="OPTION...", help="The option's id; several in an approval poll.")
+    ],
     command_address: CommandAddress = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Cast one vote. To repeat the same vote is harmless, and prints the first receipt again."""
-    request = CastVoteRequest(poll_id=poll, voter_id=voter, option_ids=[option])
-    response = asyncio.run(_vote(find_address("command", command_address, data_dir), request))
+    request = CastVoteRequest(poll_id=poll, voter_id=voter, option_ids=options)
+    address = find_address("command", command_address, data_dir)
+    response = asyncio.run(command(address, lambda commands: commands.CastVote, request))
     if output is Output.JSON:
         print_json(plain(response))
         return
@@ -95,11 +118,11 @@ def results(
 ) -> None:
     """Print the counts of a poll."""
     request = GetResultsRequest(poll_id=poll, at_least_as_fresh=at_least_as_fresh)
-    response = asyncio.run(_results(find_address("query", query_address, data_dir), request))
+    response, method = asyncio.run(_results(find_address("query", query_address, data_dir), request))
     if output is Output.JSON:
         print_json(plain(response))
     else:
-        console().print(results_table(response.results))
+        console().print(results_table(response.results, method))
 
 
 @app.command()
@@ -115,7 +138,7 @@ def watch(
     data_dir: DataDir = DEFAULT_DATA_DIR,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Show the counts of a poll as they grow, until it is closed or you press Ctrl-C (exit code 130).
+    """Show the counts of a poll as they grow, until it is closed or cancelled or you press Ctrl-C (exit code 130).
 
     On a terminal this is a bar chart; elsewhere one line for each change, and with --output json one JSON object on
     each line.
@@ -127,7 +150,12 @@ def watch(
 @app.command("import")
 def import_file(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Ballots, one a row: .csv, .csv.gz or .csv.xz.")],
-    choice_column: Annotated[str, typer.Option(help="The column with the choice. Blank choices are skipped.")],
+    choice_column: Annotated[
+        list[str],
+        typer.Option(
+            help="The column with the choice; blank ones are skipped. Repeatable, for approval: each marks one choice."
+        ),
+    ],
     title: Annotated[str | None, typer.Option(help="The title of the poll to create.")] = None,
     voter_column: Annotated[
         str | None,
@@ -136,6 +164,10 @@ def import_file(
     ignore_choice: Annotated[
         list[str] | None, typer.Option(metavar="CHOICE", help="A choice that is no vote, such as overvote. Repeatable.")
     ] = None,
+    approval: Annotated[
+        bool,
+        typer.Option("--approval", help="Create an approval poll; implied where there are several choice columns."),
+    ] = False,
     poll: Annotated[
         str | None, typer.Option(metavar="ID", help="Cast into this poll instead of creating one.", show_default=False)
     ] = None,
@@ -163,11 +195,15 @@ def import_file(
     if (title is None) == (poll is None) or (poll and new_poll):
         raise typer.BadParameter("give either --title, for a new poll, or --poll, to go on with one")
     addresses = find_address("command", command_address, data_dir), find_address("query", query_address, data_dir)
-    ballots = BallotFile(file, choice_column, voter_column, frozenset(ignore_choice or ()))
+    choice_columns = tuple(dict.fromkeys(choice_column))
+    ballots = BallotFile(file, choice_columns, voter_column, frozenset(ignore_choice or ()))
     survey = ballots.survey()
     if poll is None and len(survey.choices) < 2:
-        raise Failure(f"{file}: column {choice_column!r} holds {len(survey.choices)} choices; a poll needs two or more")
-    plan = Import(ballots, survey, title or "", poll, new_poll, batch_size, in_flight, close, watch, retry_for)
+        raise Failure(f"{file}: {ballots.columns_named} {len(survey.choices)} choices; a poll needs two or more")
+    method = VotingMethod.VOTING_METHOD_SINGLE_CHOICE
+    if approval or len(choice_columns) > 1:
+        method = VotingMethod.VOTING_METHOD_APPROVAL
+    plan = Import(ballots, survey, method, title or "", poll, new_poll, batch_size, in_flight, close, watch, retry_for)
     outcome = Outcome()
     asyncio.run(_import(plan, *addresses, outcome))
     _report(plan, outcome, output)
@@ -181,6 +217,54 @@ def import_file(
 
 
 @app.command()
+def register(
+    poll: PollId,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Voters, one a row: .csv, .csv.gz or .csv.xz.")],
+    voter_column: Annotated[
+        str | None,
+        typer.Option(help="The column that names the voter. Default: the file is a plain list, without a header."),
+    ] = None,
+    weight_column: Annotated[
+        str | None,
+        typer.Option(help="The column with how much the vote counts, 1 to 1,000,000. Default: 1."),
+    ] = None,
+    retry_for: RetryFor = 60.0,
+    command_address: CommandAddress = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Put voters on the electoral roll of a poll that has one (--roll), while it is a draft or open.
+
+    The whole file is checked before anybody is registered; where a row is wrong, nobody is. To register the same voters
+    again, after whatever happened, is safe: they stay on the roll, with their first weight.
+
+    Exit code: 0 if everybody is on the roll, 1 after an error, 2 for wrong usage, 130 if interrupted.
+    """
+    if weight_column and not voter_column:
+        raise typer.BadParameter("--weight-column needs --voter-column")
+    address = find_address("command", command_address, data_dir)
+    roll = RollFile(file, voter_column, weight_column)
+    survey = roll.survey()
+    if survey.faulty:
+        say("\n".join(survey.faults))
+        if survey.faulty > len(survey.faults):
+            say(f"and {survey.faulty - len(survey.faults):,} more")
+        raise Failure(
+            f"{file}: {survey.faulty:,} of {survey.faulty + survey.voters:,} rows are wrong; nobody is registered"
+        )
+    registration = Registration(roll, survey, poll, retry_for)
+    response = asyncio.run(_register(registration, address))
+    if output is Output.JSON:
+        counts = {"rows": survey.voters, "seconds": registration.seconds, "attempts": registration.attempts}
+        print_json({"poll_id": poll, **plain(response), **counts})
+    else:
+        registered = {"registered": response.registered, "already_registered": response.already_registered}
+        print_fields({"poll_id": poll, **{name: f"{count:,}" for name, count in registered.items()}})
+    if registration.attempts > 1:
+        say("the connection was lost: those registered before that count as already registered")
+
+
+@app.command()
 def migrate(
     write_dsn: Annotated[
         str | None, typer.Option(envvar="TALLY_WRITE_DSN", show_envvar=True, help="The write database, as its owner.")
@@ -191,6 +275,8 @@ def migrate(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Bring the schemas of your own databases up to date. Safe to repeat; `tally up` does it by itself."""
+    from clients import databases  # noqa: PLC0415 - as above
+
     dsns = {"write": write_dsn, "read": read_dsn}
     if not any(dsns.values()):
         raise typer.BadParameter("give --write-dsn, --read-dsn or both")
@@ -201,14 +287,10 @@ def migrate(
         print_fields({name: ", ".join(files) or "is up to date" for name, files in applied.items()})
 
 
-async def _vote(address: Address, request: CastVoteRequest) -> CastVoteResponse:
-    async with CommandServer(address) as commands:
-        return await commands.call(commands.stub.CastVote, request)
-
-
-async def _results(address: Address, request: GetResultsRequest) -> GetResultsResponse:
+async def _results(address: Address, request: GetResultsRequest) -> tuple[GetResultsResponse, "VotingMethod.ValueType"]:
     async with QueryServer(address) as queries:
-        return await queries.call(queries.stub.GetResults, request)
+        response = await queries.call(queries.stub.GetResults, request)
+        return response, await voting_method(queries, request.poll_id)
 
 
 async def _watch(
@@ -223,21 +305,28 @@ async def _watch(
         changes = watch_results(
             queries, poll_id, min_interval=min_interval, at_least_as_fresh=token, retry_for=retry_for, on_lost=say
         )
+        method = await voting_method(queries, poll_id) if as_chart else VotingMethod.VOTING_METHOD_UNSPECIFIED
         async with aclosing(changes):
             with chart if as_chart else nullcontext():
                 async for counts in changes:
                     if output is Output.JSON:
                         print_json(plain(counts), one_line=True)
                     elif as_chart:
-                        chart.update(bar_chart(counts, terminal.height - 2), refresh=True)
+                        chart.update(bar_chart(counts, method, terminal.height - 2), refresh=True)
                     else:
                         print(change_line(counts), flush=True)
 
 
 async def _import(plan: Import, command_address: Address, query_address: Address, outcome: Outcome) -> None:
-    with Progress(outcome, plan.survey.votes + plan.survey.faulty) as progress:
+    with Progress(outcome, plan.survey.votes + plan.survey.faulty, plan.method) as progress:
         async with CommandServer(command_address) as commands, QueryServer(query_address) as queries:
             await plan.run(commands, queries, outcome, progress)
+
+
+async def _register(registration: Registration, address: Address) -> RegisterVotersResponse:
+    with Progress(registration, registration.survey.voters) as progress:
+        async with CommandServer(address) as commands:
+            return await registration.run(commands, progress)
 
 
 def _report(plan: Import, outcome: Outcome, output: Output) -> None:
@@ -262,14 +351,14 @@ def _report(plan: Import, outcome: Outcome, output: Output) -> None:
             }
         )
     elif outcome.results:
-        console().print(results_table(outcome.results))
+        console().print(results_table(outcome.results, plan.method))
     if outcome.failure:
         say(str(outcome.failure))
     if outcome.interrupted:
         say("interrupted")
     if outcome.poll_id:
         say(
-            f"{outcome.answered:,} of {total:,} votes answered: {outcome.accepted:,} accepted,"
+            f"{outcome.done:,} of {total:,} votes answered: {outcome.accepted:,} accepted,"
             f" {outcome.already_recorded:,} recorded before, {outcome.rejected:,} rejected;"
             f" skipped: {survey.blank:,} blank, {survey.ignored:,} ignored"
         )
@@ -284,7 +373,6 @@ def _continuation(plan: Import, outcome: Outcome, places: dict[str, str | None],
     file = plan.file
     options = {
         "--poll": outcome.poll_id,
-        "--choice-column": file.choice_column,
         "--voter-column": file.voter_column,
         **places,
         "--data-dir": None if data_dir == DEFAULT_DATA_DIR else str(data_dir),
@@ -292,8 +380,11 @@ def _continuation(plan: Import, outcome: Outcome, places: dict[str, str | None],
     words = ["tally", "import", str(file.path)]
     for name, value in options.items():
         words += [name, value] if value is not None else []
+    for column in file.choice_columns:
+        words += ["--choice-column", column]
     for choice in sorted(file.ignored):
         words += ["--ignore-choice", choice]
+    words += ["--approval"] if plan.method == VotingMethod.VOTING_METHOD_APPROVAL else []
     return [*words, "--close"] if plan.close else words
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
@@ -113,12 +113,21 @@ class Server:
     ) -> Response:
         """Calls, and calls again with the same request for `retry_for` seconds where that may help. Raises Refused."""
         patience = Patience(retry_for, failing_since=asyncio.get_running_loop().time())
+        return await self.persist(lambda: method(request, timeout=CALL_SECONDS), patience, on_lost)
+
+    async def persist(
+        self, attempt: Callable[[], Awaitable[Response]], patience: "Patience", on_lost: Callable[[str], None]
+    ) -> Response:
+        """Attempts, and again where that may help, until the patience ends. Raises Refused."""
         while True:
             try:
-                return await method(request, timeout=CALL_SECONDS)
+                return await attempt()
             except grpc.aio.AioRpcError as error:
                 refused = self.refused(error)
                 pause = patience.pause(error) if is_transient(error) else None
+            except TimeoutError:
+                refused = self._silent()
+                pause = patience.pause()
             if pause is None:
                 raise refused
             on_lost(f"{refused}; trying again")
@@ -133,12 +142,15 @@ class Server:
             cause = (error.details() or "").rsplit(": ", 1)[-1]
             text = f"UNAVAILABLE: the {self._role} server at {self.address} does not answer: {cause}"
         if not reason and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            text = f"DEADLINE_EXCEEDED: the {self._role} server at {self.address} did not answer in time"
+            return self._silent()
         violations = [f"{v.field}: {v.description}" for v in fields.field_violations] if fields else []
         text = "; ".join([text, *(v for v in violations if v not in text)])
         if retry:
             text += f" (try again in {retry.retry_delay.ToTimedelta().total_seconds():g} s)"
         return Refused(" ".join(text.split()), reason)
+
+    def _silent(self) -> Refused:
+        return Refused(f"DEADLINE_EXCEEDED: the {self._role} server at {self.address} did not answer in time", "")
 
 
 class CommandServer(Server):
@@ -155,6 +167,26 @@ class QueryServer(Server):
     def __init__(self, address: Address) -> None:
         super().__init__("query", address)
         self.stub: QueryServiceAsyncStub = QueryServiceStub(self.channel)
+
+
+async def command(
+    address: Address,
+    rpc: "Callable[[CommandServiceAsyncStub], grpc.aio.UnaryUnaryMultiCallable[Request, Response]]",
+    request: Request,
+) -> Response:
+    """One call to a command server. Raises Refused."""
+    async with CommandServer(address) as commands:
+        return await commands.call(rpc(commands.stub), request)
+
+
+async def query(
+    address: Address,
+    rpc: "Callable[[QueryServiceAsyncStub], grpc.aio.UnaryUnaryMultiCallable[Request, Response]]",
+    request: Request,
+) -> Response:
+    """One call to a query server. Raises Refused."""
+    async with QueryServer(address) as queries:
+        return await queries.call(rpc(queries.stub), request)
 
 
 class Patience:

@@ -17,22 +17,22 @@ from tally.command.v1.command_service_pb2 import (
     ClosePollRequest,
     CreatePollRequest,
     OpenPollRequest,
-    Vote,
 )
 from tally.poll.v1.error_reason_pb2 import ErrorReason
-from tally.poll.v1.poll_pb2 import PollOption, PollSpec, PollState, VotingMethod
+from tally.poll.v1.poll_pb2 import PollOption, PollSpec, VotingMethod
 from tally.query.v1.query_service_pb2 import GetPollRequest, GetResultsRequest, Results
 
 from clients.ballots import MAX_LABEL, Ballot, BallotFile, Survey, option_id
+from clients.batches import divided
+from clients.charts import state_name
 from clients.connection import CommandServer, Patience, QueryServer, is_transient
 from clients.failures import Failure
 from clients.progress import Progress
-from clients.watchers import watch
+from clients.watchers import ENDED, watch
 
 if TYPE_CHECKING:
     CastVotesCall = grpc.aio.StreamStreamCall[CastVotesRequest, CastVotesResponse]
 
-MAX_BATCH_BYTES = 4 << 20
 # Batches that are read from the file ahead of the stream.
 _READ_AHEAD = 2
 # A server that owes an answer for so long is given up, and its batches go to a new stream.
@@ -79,12 +79,16 @@ class Outcome:
     failure: Failure | None = None
 
     @property
-    def answered(self) -> int:
+    def done(self) -> int:
         return self.accepted + self.already_recorded + self.rejected
 
     @property
     def votes_per_second(self) -> float:
         return (self.accepted + self.already_recorded) / self.seconds if self.seconds else 0.0
+
+    @property
+    def pace(self) -> str:
+        return f"{self.votes_per_second:,.0f} votes/s"
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class Import:
 
     file: BallotFile
     survey: Survey
+    method: "VotingMethod.ValueType" = VotingMethod.VOTING_METHOD_SINGLE_CHOICE
     title: str = ""
     poll_id: str | None = None
     new_poll: bool = False
@@ -146,9 +151,9 @@ class Import:
             if refused.reason == "INVALID_REQUEST":
                 raise refused from None
             return poll_id, token
-        if poll.state == PollState.POLL_STATE_CLOSED:
+        if poll.state in ENDED:
             hint = "" if self.poll_id else "; --new-poll imports the file into another one"
-            raise PollTakesNoVotes(f"poll {poll_id} is CLOSED and its counts are final{hint}")
+            raise PollTakesNoVotes(f"poll {poll_id} is {state_name(poll.state)} and takes no more votes{hint}")
         return poll_id, token
 
     async def _conclude(
@@ -177,13 +182,14 @@ class Import:
         outcome.read_side_seconds = clock() - started
 
     def _identity(self) -> uuid.UUID:
-        parts = [self.survey.digest, self.title, self.file.choice_column, self.file.voter_column or ""]
-        return uuid.uuid5(_IDENTITY, "\0".join([*parts, *sorted(self.file.ignored)]))
+        columns = "\1".join(self.file.choice_columns)
+        parts = [self.survey.digest, self.title, columns, self.file.voter_column or "", *sorted(self.file.ignored)]
+        return uuid.uuid5(_IDENTITY, "\0".join([VotingMethod.Name(self.method), *parts]))
 
     def _spec(self) -> PollSpec:
         return PollSpec(
             title=self.title,
-            method=VotingMethod.VOTING_METHOD_SINGLE_CHOICE,
+            method=self.method,
             options=[PollOption(option_id=option_id(name), label=name[:MAX_LABEL]) for name in self.survey.choices],
         )
 
@@ -198,31 +204,21 @@ class Batch(NamedTuple):
 
 def batches(ballots: Iterator[Ballot], poll_id: str, size: int) -> Iterator[Batch]:
     """The ballots in batches of up to `size` rows that the server's limit of 4 MiB allows."""
-    while rows := list(islice(ballots, size)):
+
+    def build(good: Sequence[Ballot]) -> CastVotesRequest:
         request = CastVotesRequest(poll_id=poll_id)
-        lines: list[int] = []
-        faulty: list[Rejection] = []
         add = request.votes.add
-        for line, voter_id, option, fault in rows:
-            if fault:
-                faulty.append(Rejection(line, "INVALID_REQUEST", fault))
-            else:
-                vote = add()
-                vote.voter_id = voter_id
-                vote.option_ids.append(option)
-                lines.append(line)
-        yield from _divided(request, lines, faulty)
+        for _, voter_id, option_ids, _ in good:
+            vote = add()
+            vote.voter_id = voter_id
+            vote.option_ids.extend(option_ids)
+        return request
 
-
-def _divided(request: CastVotesRequest, lines: list[int], faulty: list[Rejection]) -> Iterator[Batch]:
-    # The batch's number is not in it yet, and takes up to 11 bytes.
-    if request.ByteSize() + 11 <= MAX_BATCH_BYTES:
-        yield Batch(request, lines, faulty)
-        return
-    middle = len(lines) // 2
-    for part, rejections in ((slice(None, middle), faulty), (slice(middle, None), [])):
-        votes: Sequence[Vote] = request.votes[part]
-        yield from _divided(CastVotesRequest(poll_id=request.poll_id, votes=votes), lines[part], rejections)
+    while rows := list(islice(ballots, size)):
+        faulty = [Rejection(line, "INVALID_REQUEST", fault) for line, _, _, fault in rows if fault]
+        for request, part in divided([ballot for ballot in rows if not ballot[3]], build):
+            yield Batch(request, [ballot[0] for ballot in part], faulty)
+            faulty = []
 
 
 class _Casting:

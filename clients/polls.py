@@ -1,61 +1,136 @@
 """`tally poll …`: the life of a poll."""
 
 import asyncio
+import sys
 import uuid
+from contextlib import aclosing
 from typing import Annotated
 
 import typer
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.timestamp_pb2 import Timestamp
 from rich.table import Table
 from tally.command.v1.command_service_pb2 import (
+    CancelPollRequest,
+    CancelPollResponse,
+    CertifyPollRequest,
+    CertifyPollResponse,
     ClosePollRequest,
     ClosePollResponse,
     CreatePollRequest,
     CreatePollResponse,
     OpenPollRequest,
     OpenPollResponse,
+    UpdatePollRequest,
+    UpdatePollResponse,
 )
-from tally.poll.v1.poll_pb2 import PollOption, PollSpec, PollState, VotingMethod
-from tally.query.v1.query_service_pb2 import GetPollRequest, GetPollResponse, ListPollsRequest, ListPollsResponse, Poll
+from tally.poll.v1.poll_pb2 import Eligibility, PollSpec, PollState, VotingMethod
+from tally.query.v1.query_service_pb2 import GetPollRequest, ListPollsRequest, ListPollsResponse, Poll, Results
 
-from clients.charts import state_name
-from clients.connection import Address, CommandServer, QueryServer, find_address
-from clients.options import DEFAULT_DATA_DIR, CommandAddress, DataDir, Fresh, OutputOption, PollId, QueryAddress
+from clients import specs
+from clients.charts import disagreement, results_table, state_name
+from clients.connection import Address, CommandServer, QueryServer, command, find_address, query
+from clients.options import (
+    DEFAULT_DATA_DIR,
+    CommandAddress,
+    DataDir,
+    Fresh,
+    OutputOption,
+    PollId,
+    QueryAddress,
+    RetryFor,
+)
 from clients.output import Output, console, plain, print_fields, print_json, say, shown
+from clients.watchers import voting_method, watch
 
-app = typer.Typer(no_args_is_help=True, help="Create, open, close and look at polls.")
+app = typer.Typer(no_args_is_help=True, help="Create, change, open, close, certify and look at polls.")
 
 # A page stays well within what one answer may have, also where polls have many options.
 _PAGE = 100
+_NO_AGREEMENT = 4
+_STATES = ("draft", "open", "closed", "certified", "cancelled")
 
 
 @app.command()
 def create(
     title: Annotated[str, typer.Option(help="What voters are asked.")],
-    option: Annotated[
-        list[str],
-        typer.Option(
-            metavar="LABEL | ID=LABEL", help="What voters can choose; twice or more. Without ID, the label is the id."
-        ),
-    ],
-    description: Annotated[str, typer.Option(help="Explains the poll to voters.")] = "",
+    option: specs.Options,
+    description: specs.Description = None,
+    approval: specs.Approval = None,
+    max_choices: specs.MaxChoices = None,
+    allow_vote_change: specs.AllowVoteChange = None,
+    roll: specs.Roll = None,
+    opens_at: specs.OpensAt = None,
+    closes_at: specs.ClosesAt = None,
     open_: Annotated[bool, typer.Option("--open", help="Open it at once.")] = False,
     command_address: CommandAddress = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Create a poll."""
-    spec = PollSpec(
+    fields = specs.given(
         title=title,
+        option=option,
         description=description,
-        options=[_option(text) for text in option],
-        method=VotingMethod.VOTING_METHOD_SINGLE_CHOICE,
+        approval=bool(approval),
+        max_choices=max_choices,
+        allow_vote_change=allow_vote_change,
+        roll=roll,
+        opens_at=opens_at,
+        closes_at=closes_at,
     )
     address = find_address("command", command_address, data_dir)
-    response = asyncio.run(_create(address, spec, opened=open_))
+    response = asyncio.run(_create(address, PollSpec(**fields), opened=open_))
     if output is Output.JSON:
         print_json(plain(response))
     else:
         print_fields({"poll_id": response.poll_id, "state": "OPEN" if open_ else "DRAFT"})
+
+
+@app.command()
+def update(
+    poll: PollId,
+    title: Annotated[str | None, typer.Option(help="What voters are asked.")] = None,
+    option: specs.Options = None,
+    description: specs.Description = None,
+    approval: specs.Approval = None,
+    max_choices: specs.MaxChoices = None,
+    allow_vote_change: specs.AllowVoteChange = None,
+    roll: specs.Roll = None,
+    opens_at: specs.OpensAt = None,
+    no_opens_at: Annotated[bool, typer.Option("--no-opens-at", help="It opens when it is told to.")] = False,
+    closes_at: specs.ClosesAt = None,
+    no_closes_at: Annotated[bool, typer.Option("--no-closes-at", help="It closes when it is told to.")] = False,
+    command_address: CommandAddress = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Change a draft: what is given changes, the rest stays. Options are given all together."""
+    if (opens_at and no_opens_at) or (closes_at and no_closes_at):
+        raise typer.BadParameter("a time cannot be set and cleared at once")
+    fields = specs.given(
+        title=title,
+        option=option,
+        description=description,
+        approval=approval,
+        max_choices=max_choices,
+        allow_vote_change=allow_vote_change,
+        roll=roll,
+        opens_at=opens_at,
+        closes_at=closes_at,
+    )
+    cleared = [name for name, clear in (("opens_at", no_opens_at), ("closes_at", no_closes_at)) if clear]
+    if not fields and not cleared:
+        raise typer.BadParameter("give what to change, such as --title")
+    request = UpdatePollRequest(
+        request_id=str(uuid.uuid4()),
+        poll_id=poll,
+        poll=PollSpec(**fields),
+        update_mask=FieldMask(paths=[*fields, *cleared]),
+    )
+    address = find_address("command", command_address, data_dir)
+    response = asyncio.run(command(address, lambda commands: commands.UpdatePoll, request))
+    _print_change(poll, "DRAFT", response, output)
 
 
 @app.command("open")
@@ -66,7 +141,9 @@ def open_poll(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Let a poll take votes."""
-    response = asyncio.run(_open(find_address("command", command_address, data_dir), poll))
+    request = OpenPollRequest(request_id=str(uuid.uuid4()), poll_id=poll)
+    address = find_address("command", command_address, data_dir)
+    response = asyncio.run(command(address, lambda commands: commands.OpenPoll, request))
     _print_change(poll, "OPEN", response, output)
 
 
@@ -78,13 +155,65 @@ def close(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """End a poll for good: no vote is accepted after it, and it cannot be opened again."""
-    response = asyncio.run(_close(find_address("command", command_address, data_dir), poll))
+    request = ClosePollRequest(request_id=str(uuid.uuid4()), poll_id=poll)
+    address = find_address("command", command_address, data_dir)
+    response = asyncio.run(command(address, lambda commands: commands.ClosePoll, request))
     _print_change(poll, "CLOSED", response, output)
+
+
+@app.command()
+def cancel(
+    poll: PollId,
+    command_address: CommandAddress = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Give a poll up for good, draft or open: no vote is accepted after it, and its counts decide nothing."""
+    request = CancelPollRequest(request_id=str(uuid.uuid4()), poll_id=poll)
+    address = find_address("command", command_address, data_dir)
+    response = asyncio.run(command(address, lambda commands: commands.CancelPoll, request))
+    _print_change(poll, "CANCELLED", response, output)
+
+
+@app.command()
+def certify(
+    poll: PollId,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Wait for the outcome, and print it beside the live counts.")
+    ] = True,
+    retry_for: RetryFor = 60.0,
+    command_address: CommandAddress = None,
+    query_address: QueryAddress = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Recount a closed poll from its votes. It is CERTIFIED if the recount agrees, and stays CLOSED if not.
+
+    The recount goes on also if you stop to wait for it.
+
+    Exit code: 0 if the recount agreed (with --no-wait: if it was asked for), 4 if it did not agree, 1 after an error,
+    2 for wrong usage, 130 if interrupted.
+    """
+    address = find_address("command", command_address, data_dir)
+    # Found before anything is asked for.
+    readers = find_address("query", query_address, data_dir) if wait else None
+    request = CertifyPollRequest(request_id=str(uuid.uuid4()), poll_id=poll)
+    response = asyncio.run(command(address, lambda commands: commands.CertifyPoll, request))
+    if readers is None:
+        _print_change(poll, "CLOSED", response, output)
+        return
+    counted, method = asyncio.run(_recounted(readers, poll, response.consistency_token, retry_for))
+    if output is Output.JSON:
+        print_json({"results": plain(counted)})
+    else:
+        console().print(results_table(counted, method))
+    if disagreement(counted):
+        sys.exit(_NO_AGREEMENT)
 
 
 @app.command("list")
 def list_polls(
-    state: Annotated[str | None, typer.Option(metavar="draft|open|closed", help="Only polls in this state.")] = None,
+    state: Annotated[str | None, typer.Option(metavar="|".join(_STATES), help="Only polls in this state.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="The most polls to print, newest first.")] = 50,
     query_address: QueryAddress = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
@@ -93,18 +222,25 @@ def list_polls(
     """List polls, newest first."""
     wanted = PollState.POLL_STATE_UNSPECIFIED
     if state is not None:
-        name = f"POLL_STATE_{state.upper()}"
-        if name not in PollState.keys() or name == "POLL_STATE_UNSPECIFIED":  # noqa: SIM118 - not a dict
-            raise typer.BadParameter(f"{state!r} is not draft, open or closed", param_hint="--state")
-        wanted = PollState.Value(name)
+        if state.lower() not in _STATES:
+            raise typer.BadParameter(
+                f"{state!r} is not {', '.join(_STATES[:-1])} or {_STATES[-1]}", param_hint="--state"
+            )
+        wanted = PollState.Value(f"POLL_STATE_{state.upper()}")
     response = asyncio.run(_list(find_address("query", query_address, data_dir), wanted, limit))
     if output is Output.JSON:
         print_json(plain(response))
         return
-    table = Table("poll_id", "state", "options", "created", "title")
+    table = Table("poll_id", "state", "options", "created", "next", "title")
     for poll in response.polls:
-        created = poll.created_at.ToDatetime().strftime("%Y-%m-%d %H:%M:%SZ")
-        table.add_row(poll.poll_id, state_name(poll.state), f"{len(poll.options):,}", created, shown(poll.title))
+        table.add_row(
+            poll.poll_id,
+            state_name(poll.state),
+            f"{len(poll.options):,}",
+            _second(poll.created_at),
+            _next(poll),
+            shown(poll.title),
+        )
     console().print(table)
     if response.next_page_token:
         say(f"there are more than {limit:,} polls; see --limit")
@@ -120,7 +256,8 @@ def show(
 ) -> None:
     """Show a poll and its options."""
     request = GetPollRequest(poll_id=poll, at_least_as_fresh=at_least_as_fresh)
-    response = asyncio.run(_show(find_address("query", query_address, data_dir), request))
+    address = find_address("query", query_address, data_dir)
+    response = asyncio.run(query(address, lambda queries: queries.GetPoll, request))
     if output is Output.JSON:
         print_json(plain(response))
         return
@@ -131,23 +268,50 @@ def show(
     console().print(table)
 
 
-def _option(text: str) -> PollOption:
-    name, separator, label = text.partition("=")
-    return PollOption(option_id=name, label=label if separator else name)
-
-
 def _fields(poll: Poll) -> dict[str, str]:
+    texts = {"poll_id": poll.poll_id, "title": poll.title, "description": poll.description}
     moments = {
         name: getattr(poll, name).ToJsonString()
-        for name in ("created_at", "opened_at", "closed_at")
+        for name in ("created_at", "opens_at", "opened_at", "closes_at", "closed_at")
         if poll.HasField(name)
     }
-    fields = {"poll_id": poll.poll_id, "title": poll.title, "description": poll.description}
-    fields = {name: value for name, value in fields.items() if value}
-    return {**fields, "state": state_name(poll.state), "version": str(poll.version), **moments}
+    return {
+        **{name: value for name, value in texts.items() if value},
+        "state": state_name(poll.state),
+        "version": str(poll.version),
+        "method": _method(poll),
+        "vote changes": "allowed" if poll.allow_vote_change else "no",
+        "eligibility": "ROLL" if poll.eligibility == Eligibility.ELIGIBILITY_ROLL else "OPEN",
+        **moments,
+    }
 
 
-def _print_change(poll_id: str, state: str, response: OpenPollResponse | ClosePollResponse, output: Output) -> None:
+def _method(poll: Poll) -> str:
+    name = VotingMethod.Name(poll.method).removeprefix("VOTING_METHOD_")
+    if poll.method != VotingMethod.VOTING_METHOD_APPROVAL:
+        return name
+    return f"{name}, up to {poll.max_choices or len(poll.options):,} options"
+
+
+def _next(poll: Poll) -> str:
+    """What happens to the poll by itself."""
+    if poll.state == PollState.POLL_STATE_DRAFT and poll.HasField("opens_at"):
+        return f"opens {_second(poll.opens_at)}"
+    if poll.state in (PollState.POLL_STATE_DRAFT, PollState.POLL_STATE_OPEN) and poll.HasField("closes_at"):
+        return f"closes {_second(poll.closes_at)}"
+    return ""
+
+
+def _second(moment: Timestamp) -> str:
+    return moment.ToDatetime().strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def _print_change(
+    poll_id: str,
+    state: str,
+    response: UpdatePollResponse | OpenPollResponse | ClosePollResponse | CancelPollResponse | CertifyPollResponse,
+    output: Output,
+) -> None:
     if output is Output.JSON:
         print_json({"poll_id": poll_id, **plain(response)})
     else:
@@ -165,16 +329,20 @@ async def _create(address: Address, spec: PollSpec, *, opened: bool) -> CreatePo
         return response
 
 
-async def _open(address: Address, poll_id: str) -> OpenPollResponse:
-    async with CommandServer(address) as commands:
-        request = OpenPollRequest(request_id=str(uuid.uuid4()), poll_id=poll_id)
-        return await commands.call(commands.stub.OpenPoll, request)
+async def _recounted(
+    address: Address, poll_id: str, token: str, retry_for: float
+) -> tuple[Results, "VotingMethod.ValueType"]:
+    """The results with the outcome of the recount that was asked for, and the poll's method."""
 
+    def has_outcome(results: Results) -> bool:
+        # The outcome is the latest event; before it comes, what is shown is that of a recount before this one.
+        return results.HasField("certification") and results.certification.certified_at == results.as_of
 
-async def _close(address: Address, poll_id: str) -> ClosePollResponse:
-    async with CommandServer(address) as commands:
-        request = ClosePollRequest(request_id=str(uuid.uuid4()), poll_id=poll_id)
-        return await commands.call(commands.stub.ClosePoll, request)
+    async with QueryServer(address) as queries:
+        changes = watch(queries, poll_id, at_least_as_fresh=token, retry_for=retry_for, on_lost=say, until=has_outcome)
+        async with aclosing(changes):
+            *_, outcome = [results async for results in changes]
+        return outcome, await voting_method(queries, poll_id)
 
 
 async def _list(address: Address, state: "PollState.ValueType", limit: int) -> ListPollsResponse:
@@ -188,8 +356,3 @@ async def _list(address: Address, state: "PollState.ValueType", limit: int) -> L
             found.next_page_token = page.next_page_token
             if not page.next_page_token or len(found.polls) >= limit:
                 return found
-
-
-async def _show(address: Address, request: GetPollRequest) -> GetPollResponse:
-    async with QueryServer(address) as queries:
-        return await queries.call(queries.stub.GetPoll, request)

@@ -1,31 +1,42 @@
-"""How an import goes, on stderr: a bar and a live chart on a terminal, now and then a line anywhere else."""
+"""How long work goes, on stderr: a bar and a live chart on a terminal, now and then a line anywhere else."""
 
 import time
-from typing import TYPE_CHECKING, Self
+from typing import Protocol, Self
 
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+from tally.poll.v1.poll_pb2 import VotingMethod
 from tally.query.v1.query_service_pb2 import Results
 
 from clients.charts import bar_chart, change_line
 from clients.output import console, say, shown
 
-if TYPE_CHECKING:
-    from clients.importing import Outcome
-
 _LINE_EVERY = 1.0
 _CHART_ROWS = 14
 
 
-class Progress:
-    """Shows an outcome while it grows, up to `total` rows: `with Progress(outcome, total) as progress: …`."""
+class Work(Protocol):
+    """What can be watched while it goes on: how many rows are done, and at which pace (`1,000 votes/s`)."""
 
-    def __init__(self, outcome: "Outcome", total: int) -> None:
-        self._outcome = outcome
+    @property
+    def done(self) -> int: ...
+
+    @property
+    def pace(self) -> str: ...
+
+
+class Progress:
+    """Shows work while it goes on, up to `total` rows: `with Progress(work, total) as progress: …`."""
+
+    def __init__(
+        self, work: Work, total: int, method: "VotingMethod.ValueType" = VotingMethod.VOTING_METHOD_UNSPECIFIED
+    ) -> None:
+        self._work = work
         self._total = total
+        self._method = method
         self._console = console(stderr=True)
         self._results: Results | None = None
         self._trouble = ""
@@ -55,7 +66,7 @@ class Progress:
         self._trouble = trouble
 
     def went_on(self) -> None:
-        """The outcome has grown."""
+        """More is done."""
         self._trouble = ""
         if not self._console.is_terminal and time.monotonic() - self._last_line >= _LINE_EVERY:
             self._last_line = time.monotonic()
@@ -69,16 +80,16 @@ class Progress:
             self.say(change_line(results))
 
     def _line(self) -> str:
-        outcome = self._outcome
-        share = outcome.answered / self._total if self._total else 1.0
-        return f"{outcome.answered:,} of {self._total:,} rows ({share:.0%}), {outcome.votes_per_second:,.0f} votes/s"
+        done = self._work.done
+        share = done / self._total if self._total else 1.0
+        return f"{done:,} of {self._total:,} rows ({share:.0%}), {self._work.pace}"
 
     def _screen(self) -> RenderableType:
         line = Table.grid(padding=(0, 2))
-        line.add_row(ProgressBar(max(self._total, 1), self._outcome.answered, width=30), self._line())
+        line.add_row(ProgressBar(max(self._total, 1), self._work.done, width=30), self._line())
         parts: list[RenderableType] = [line]
         if self._trouble:
             parts.append(Text(self._trouble, style="yellow"))
         if self._results:
-            parts.append(bar_chart(self._results, min(_CHART_ROWS, self._console.height - 4)))
+            parts.append(bar_chart(self._results, self._method, min(_CHART_ROWS, self._console.height - 4)))
         return Group(*parts)

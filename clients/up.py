@@ -13,16 +13,14 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import asyncpg
 import grpc
-import typer
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from clients.failures import Failure
-from clients.options import DEFAULT_DATA_DIR
 from clients.output import say
 from runtime import embedded, postgres
 from runtime.supervisor import Died, Process, Program, Supervisor, supervise, write_atomically
@@ -67,17 +65,8 @@ _SERVICES = (
 )
 
 
-def up(
-    data_dir: Annotated[Path, typer.Option(help="Where data, logs and run.json are kept.")] = DEFAULT_DATA_DIR,
-    command_port: Annotated[int, typer.Option(min=0, max=65535, help="CommandService; 0: any free port.")] = 50051,
-    query_port: Annotated[int, typer.Option(min=0, max=65535, help="QueryService; 0: any free port.")] = 50052,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of all processes.")] = False,
-) -> None:
-    """Start everything on this machine: Postgres, NATS, Redis and Tally's services, until Ctrl-C.
-
-    A store whose TALLY_WRITE_DSN, TALLY_READ_DSN, TALLY_NATS_URL or TALLY_REDIS_URL is set is not started: that one is
-    used instead.
-    """
+def run(data_dir: Path, command_port: int, query_port: int, verbose: bool) -> None:
+    """Runs everything until SIGTERM, SIGINT or SIGHUP; where a port is 0, any free one serves. Raises Failure."""
     directory = data_dir.resolve()
     with _only_one(directory):
         _say(f"starting in {directory}")

@@ -5,14 +5,18 @@ from collections.abc import AsyncGenerator, Callable
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from tally.poll.v1.poll_pb2 import PollState
-from tally.query.v1.query_service_pb2 import Results, WatchResultsRequest
+from tally.poll.v1.poll_pb2 import PollState, VotingMethod
+from tally.query.v1.query_service_pb2 import GetPollRequest, Results, WatchResultsRequest
 
 from clients.connection import Patience, QueryServer, is_transient
 from clients.failures import Failure
 
+# A poll in one of these states takes no more votes.
+ENDED = (PollState.POLL_STATE_CLOSED, PollState.POLL_STATE_CERTIFIED, PollState.POLL_STATE_CANCELLED)
+
 # The stream is asked for anew this often, so that neither side keeps one for a peer that is gone.
 _RENEWAL_SECONDS = 300.0
+_METHOD_SECONDS = 2.0
 
 
 async def watch(
@@ -23,8 +27,9 @@ async def watch(
     at_least_as_fresh: str = "",
     retry_for: float = 60.0,
     on_lost: Callable[[str], None] = lambda _: None,
+    until: Callable[[Results], bool] = lambda results: results.state in ENDED,
 ) -> AsyncGenerator[Results, None]:
-    """Yields the current results, then newer ones, until those of the closed poll; versions only grow.
+    """Yields the current results, then newer ones, the last of them those `until` which; versions only grow.
 
     `min_interval`: seconds between two results at least. A lost connection is told to `on_lost` and retried for
     `retry_for` seconds. Raises Failure. To be closed by its caller (contextlib.aclosing).
@@ -45,8 +50,10 @@ async def watch(
                 results = response.results
                 if results.version > version:
                     version = results.version
+                    # Whichever server answers next shows nothing older.
+                    request.at_least_as_fresh = results.consistency_token
                     yield results
-                    if results.state == PollState.POLL_STATE_CLOSED:
+                    if until(results):
                         return
             pause = patience.pause()
         except grpc.aio.AioRpcError as error:
@@ -60,3 +67,11 @@ async def watch(
             raise trouble
         on_lost(f"{trouble}; trying again")
         await asyncio.sleep(pause)
+
+
+async def voting_method(queries: QueryServer, poll_id: str) -> "VotingMethod.ValueType":
+    """How votes are marked; VOTING_METHOD_UNSPECIFIED where nobody tells, since counts are shown all the same."""
+    try:
+        return (await queries.stub.GetPoll(GetPollRequest(poll_id=poll_id), timeout=_METHOD_SECONDS)).poll.method
+    except grpc.aio.AioRpcError:
+        return VotingMethod.VOTING_METHOD_UNSPECIFIED

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from tally.command.v1.command_service_pb2 import CastVotesRequest
 
-from clients import importing
-from clients.ballots import MAX_OPTIONS, Ballot, BallotFile, UnusableFile, option_id
+import clients.batches
+from clients.ballots import MAX_OPTIONS, Ballot, BallotFile, option_id
 from clients.importing import batches
+from clients.sheets import UnusableFile
 
 Write = Callable[..., Path]
 
@@ -38,33 +39,43 @@ def read(file: BallotFile) -> list[Ballot]:
 
 def test_votes_are_rows_whose_choice_is_neither_blank_nor_ignored(write: Write) -> None:
     path = write("id,choice\na,red\nb,\nc,blue\nd,overvote\ne,red\nf,  \n")
-    file = BallotFile(path, "choice", "id", frozenset({"overvote"}))
+    file = BallotFile(path, ("choice",), "id", frozenset({"overvote"}))
     survey = file.survey()
     assert survey.choices == {"red": 2, "blue": 1}
     assert (survey.votes, survey.blank, survey.ignored, survey.faulty) == (3, 2, 1, 0)
-    assert read(file) == [(2, "a", "red", ""), (4, "c", "blue", ""), (6, "e", "red", "")]
+    assert read(file) == [(2, "a", ["red"], ""), (4, "c", ["blue"], ""), (6, "e", ["red"], "")]
+
+
+def test_every_choice_column_marks_a_choice_and_the_same_one_twice_marks_it_once(write: Write) -> None:
+    path = write("id,1st,2nd,3rd\na,red,blue,red\nb,,green, \nc,,overvote,\nd,overvote,blue,\ne,,,\n,red,,\n,,,\n")
+    file = BallotFile(path, ("1st", "2nd", "3rd"), "id", frozenset({"overvote"}))
+    survey = file.survey()
+    assert survey.choices == {"blue": 2, "red": 1, "green": 1}
+    assert (survey.votes, survey.blank, survey.ignored, survey.faulty) == (3, 2, 1, 1)
+    assert read(file)[:3] == [(2, "a", ["red", "blue"], ""), (3, "b", ["green"], ""), (5, "d", ["blue"], "")]
+    assert [(line, bool(fault)) for line, _, _, fault in read(file)[3:]] == [(7, True)]
 
 
 def test_choices_come_most_chosen_first_and_equal_ones_as_they_appear(write: Write) -> None:
     path = write("choice\nb\na\nc\nc\n")
-    assert list(BallotFile(path, "choice").survey().choices) == ["c", "b", "a"]
+    assert list(BallotFile(path, ("choice",)).survey().choices) == ["c", "b", "a"]
 
 
 def test_a_row_is_known_by_the_line_it_begins_on(write: Write) -> None:
     path = write('id,note,choice\na,"one\ntwo\nthree",red\n\nb,x,blue\nc,"\n",red')
-    assert [ballot[0] for ballot in read(BallotFile(path, "choice", "id"))] == [2, 6, 7]
+    assert [ballot[0] for ballot in read(BallotFile(path, ("choice",), "id"))] == [2, 6, 7]
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 def test_line_ends_byte_order_mark_and_other_alphabets_are_read(write: Write, line_end: str) -> None:
     content = "\ufeff" + line_end.join(["id,escolha", "a,São João", "b,東京", ""])
-    assert read(BallotFile(write(content), "escolha", "id")) == [(2, "a", "São João", ""), (3, "b", "東京", "")]
+    assert read(BallotFile(write(content), ("escolha",), "id")) == [(2, "a", ["São João"], ""), (3, "b", ["東京"], "")]
 
 
 @pytest.mark.parametrize("name", ["votes.csv.gz", "votes.csv.xz", "VOTES.CSV.GZ"])
 def test_a_compressed_file_is_the_same_file(write: Write, name: str) -> None:
     content = "choice\nred\nblue\n"
-    plain, packed = BallotFile(write(content), "choice"), BallotFile(write(content, name), "choice")
+    plain, packed = BallotFile(write(content), ("choice",)), BallotFile(write(content, name), ("choice",))
     assert packed.survey() == plain.survey()
     assert read(packed) == read(plain)
 
@@ -72,7 +83,7 @@ def test_a_compressed_file_is_the_same_file(write: Write, name: str) -> None:
 def test_without_a_voter_column_content_and_line_name_the_voter(write: Write) -> None:
     first, again = write("choice\nred\nred\n", "a.csv"), write("choice\nred\nred\n", "b.csv")
     other = write("choice\nred\nblue\n", "c.csv")
-    voters = [{ballot[1] for ballot in read(BallotFile(path, "choice"))} for path in (first, again, other)]
+    voters = [{ballot[1] for ballot in read(BallotFile(path, ("choice",)))} for path in (first, again, other)]
     assert voters[0] == voters[1]
     assert len(voters[0] | voters[2]) == 4
     assert all(1 <= len(voter) <= 256 for voter in voters[0])
@@ -80,7 +91,7 @@ def test_without_a_voter_column_content_and_line_name_the_voter(write: Write) ->
 
 def test_a_row_without_a_usable_voter_is_faulty_unless_it_is_no_ballot(write: Write) -> None:
     path = write(f"id,choice\n,red\n,\n,overvote\n{'x' * 257},red\n{'x' * 256},red\n")
-    file = BallotFile(path, "choice", "id", frozenset({"overvote"}))
+    file = BallotFile(path, ("choice",), "id", frozenset({"overvote"}))
     survey = file.survey()
     assert (survey.votes, survey.blank, survey.ignored, survey.faulty) == (1, 1, 1, 2)
     ballots = read(file)
@@ -90,7 +101,7 @@ def test_a_row_without_a_usable_voter_is_faulty_unless_it_is_no_ballot(write: Wr
 
 def test_a_row_with_another_number_of_cells_is_faulty_and_offers_no_choice(write: Write) -> None:
     path = write("id,choice,rank\na,red,1\nb,STROUD, JR.,1\nc\n")
-    file = BallotFile(path, "choice", "id")
+    file = BallotFile(path, ("choice",), "id")
     assert file.survey().choices == {"red": 1}
     assert [(line, bool(fault)) for line, _, _, fault in read(file)] == [(2, False), (3, True), (4, True)]
 
@@ -118,7 +129,7 @@ def test_a_row_with_another_number_of_cells_is_faulty_and_offers_no_choice(write
 def test_an_unusable_file_is_refused_in_one_line(write: Write, content: str | bytes, message: str) -> None:
     path = write(content)
     with pytest.raises(UnusableFile) as refused:
-        BallotFile(path, "choice", "id").survey()
+        BallotFile(path, ("choice",), "id").survey()
     assert message in str(refused.value)
     assert str(refused.value).startswith(str(path))
     assert "\n" not in str(refused.value)
@@ -126,14 +137,14 @@ def test_an_unusable_file_is_refused_in_one_line(write: Write, content: str | by
 
 def test_a_file_with_the_most_options_that_a_poll_can_have_is_read(write: Write) -> None:
     path = write("choice\n" + "".join(f"{n}\n" for n in range(MAX_OPTIONS)))
-    assert BallotFile(path, "choice").survey().votes == MAX_OPTIONS
+    assert BallotFile(path, ("choice",)).survey().votes == MAX_OPTIONS
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnusableFile, match="No such file"):
-        BallotFile(tmp_path / "none.csv", "choice").survey()
+        BallotFile(tmp_path / "none.csv", ("choice",)).survey()
     with pytest.raises(UnusableFile, match="not a file"):
-        BallotFile(tmp_path, "choice").survey()
+        BallotFile(tmp_path, ("choice",)).survey()
 
 
 @pytest.mark.parametrize("name", ["votes.csv.gz", "votes.csv.xz"])
@@ -143,12 +154,12 @@ def test_a_damaged_archive_is_refused(write: Write, name: str) -> None:
     for damaged in (whole[:-12], b"no archive", whole[:20] + b"\0\0\0\0" + whole[24:]):
         path.write_bytes(damaged)
         with pytest.raises(UnusableFile):
-            BallotFile(path, "choice").survey()
+            BallotFile(path, ("choice",)).survey()
 
 
 def test_a_file_that_changes_while_it_is_imported_is_noticed(write: Write) -> None:
     path = write("choice\nred\nblue\n")
-    file = BallotFile(path, "choice")
+    file = BallotFile(path, ("choice",))
     survey = file.survey()
     path.write_text("choice\nred\nblue\nred\n")
     with pytest.raises(UnusableFile, match="changed"):
@@ -156,7 +167,7 @@ def test_a_file_that_changes_while_it_is_imported_is_noticed(write: Write) -> No
 
 
 def test_nameless_columns_of_spreadsheets_are_in_nobodys_way(write: Write) -> None:
-    assert read(BallotFile(write("id,choice,,\na,red,,\n"), "choice", "id")) == [(2, "a", "red", "")]
+    assert read(BallotFile(write("id,choice,,\na,red,,\n"), ("choice",), "id")) == [(2, "a", ["red"], "")]
 
 
 def test_a_choice_that_is_too_long_for_an_option_id_gets_one() -> None:
@@ -167,8 +178,8 @@ def test_a_choice_that_is_too_long_for_an_option_id_gets_one() -> None:
 
 
 def test_batches_hold_every_ballot_once_in_order_with_its_line() -> None:
-    ballots: list[Ballot] = [(line, f"voter{line}", "red", "") for line in range(2, 12)]
-    ballots[4] = (6, "", "", "the row is faulty")
+    ballots: list[Ballot] = [(line, f"voter{line}", ["red"], "") for line in range(2, 12)]
+    ballots[4] = (6, "", (), "the row is faulty")
     made = list(batches(iter(ballots), "poll", 4))
     assert [len(batch.request.votes) for batch in made] == [4, 3, 2]
     assert [line for batch in made for line in batch.lines] == [2, 3, 4, 5, 7, 8, 9, 10, 11]
@@ -178,8 +189,8 @@ def test_batches_hold_every_ballot_once_in_order_with_its_line() -> None:
 
 
 def test_a_batch_stays_below_the_size_that_a_server_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importing, "MAX_BATCH_BYTES", 1_000)
-    ballots: list[Ballot] = [(line, f"{line:0256}", "red", "") for line in range(2, 12)]
+    monkeypatch.setattr(clients.batches, "MAX_BATCH_BYTES", 1_000)
+    ballots: list[Ballot] = [(line, f"{line:0256}", ["red"], "") for line in range(2, 12)]
     made = list(batches(iter(ballots), "poll", 2_000))
     assert all(len(CastVotesRequest.SerializeToString(batch.request)) <= 1_000 for batch in made)
     assert [line for batch in made for line in batch.lines] == list(range(2, 12))
@@ -188,7 +199,7 @@ def test_a_batch_stays_below_the_size_that_a_server_takes(monkeypatch: pytest.Mo
 
 def test_the_shipped_election_has_the_known_count() -> None:
     path = Path(__file__).parents[2] / "examples" / "minneapolis-2013-mayor.csv.gz"
-    survey = BallotFile(path, "choice_1", "ballot_id", frozenset({"overvote"})).survey()
+    survey = BallotFile(path, ("choice_1",), "ballot_id", frozenset({"overvote"})).survey()
     assert dict(list(survey.choices.items())[:3]) == {
         "BETSY HODGES": 28_935,
         "MARK ANDREW": 19_584,
