@@ -3,13 +3,28 @@
 import json
 import platform
 import statistics
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import psutil
 
-Measure = Callable[[], Awaitable[float]]
+T = TypeVar("T")
+Measure = Callable[[], Awaitable[T]]
+
+
+class Effort(NamedTuple):
+    """How much a run does."""
+
+    # How often each side of a ratio is measured.
+    rounds: int
+    # Votes of one measurement of a stream.
+    votes: int
+    # Length of one measurement of calls.
+    seconds: float
+    # Votes that a poll has had when it is called big.
+    big_poll: int
 
 
 @dataclass(frozen=True)
@@ -26,7 +41,9 @@ class Figure:
     # What the ratio must be at least (or, where less is better, at most), if somebody asked for something.
     bound: float | None
     at_most: bool
-    rounds: int
+    # What each round measured.
+    values: Sequence[float]
+    baselines: Sequence[float]
 
     @property
     def kept(self) -> bool:
@@ -35,42 +52,58 @@ class Figure:
 
     def line(self) -> str:
         """One line of JSON."""
-        return json.dumps(asdict(self))
+        return json.dumps({**asdict(self), "kept": self.kept})
 
 
-async def compare(
+def figure(
     name: str,
-    measure: Measure,
-    baseline: Measure,
+    values: Sequence[float],
+    baselines: Sequence[float],
     *,
     unit: str,
     baseline_name: str,
-    rounds: int,
     bound: float | None = None,
     at_most: bool = False,
 ) -> Figure:
-    """Measures both sides in turn, `rounds` times; which one goes first changes each time."""
-    values, limits = [], []
-    for number in range(rounds):
-        if number % 2:
-            limits.append(await baseline())
-            values.append(await measure())
-        else:
-            values.append(await measure())
-            limits.append(await baseline())
-    ratios = [value / limit for value, limit in zip(values, limits, strict=True)]
+    """A figure from what each round measured on both sides."""
+    ratios = [value / baseline for value, baseline in zip(values, baselines, strict=True)]
     return Figure(
         name,
         statistics.median(values),
         unit,
-        statistics.median(limits),
+        statistics.median(baselines),
         baseline_name,
         statistics.median(ratios),
         (min(ratios), max(ratios)),
         bound,
         at_most,
-        rounds,
+        values,
+        baselines,
     )
+
+
+async def take_turns(rounds: int, *measures: Measure[T]) -> list[list[T]]:
+    """What each measure returned in each round. Another one goes first each time: none profits from its place."""
+    results: list[list[T]] = [[] for _ in measures]
+    for number in range(rounds):
+        for place in range(len(measures)):
+            index = (number + place) % len(measures)
+            results[index].append(await measures[index]())
+    return results
+
+
+def cpu_seconds(pid: int) -> float:
+    """The processor time of a process and of all that it started, from their beginning."""
+    process = psutil.Process(pid)
+    own = process.cpu_times()
+    # Children that have ended are in their parent's account.
+    total = float(own.user + own.system + own.children_user + own.children_system)
+    for child in process.children():
+        try:
+            total += cpu_seconds(child.pid)
+        except psutil.NoSuchProcess:
+            continue
+    return total
 
 
 def machine() -> dict[str, object]:
@@ -85,6 +118,7 @@ def machine() -> dict[str, object]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
+        "load_before": round(psutil.getloadavg()[0], 1),
     }
 
 

@@ -1,13 +1,10 @@
 """Votes per second through CastVotes, beside what Postgres copies without us."""
 
-import asyncio
-import json
 import os
-import sys
 import time
 from collections.abc import AsyncIterator
-from itertools import count
 from random import Random
+from typing import NamedTuple
 
 import asyncpg
 import grpc
@@ -15,11 +12,14 @@ from tally.command.v1 import command_service_pb2 as pb
 from tally.command.v1.command_service_pb2_grpc import CommandServiceStub
 from tally.poll.v1.poll_pb2 import VOTING_METHOD_SINGLE_CHOICE, PollOption, PollSpec
 
-from benchmarks.figures import Figure, compare
-from benchmarks.stage import Stage
+from benchmarks.driver import Driver, drive, new_voters
+from benchmarks.figures import Effort, Figure, cpu_seconds, figure, take_turns
+from benchmarks.stage import Server, Stage
 from command_server import ballots
 
-_voters = count(step=1_000_000)
+LOAD = "benchmarks.load"
+BATCH_VOTES = 5000
+_CHUNK_BYTES = 1 << 18
 
 
 async def open_poll(address: str) -> str:
@@ -33,20 +33,18 @@ async def open_poll(address: str) -> str:
     return poll.poll_id
 
 
-async def cast(address: str, poll_id: str, votes: int, *, batch: int = 5000, streams: int = 3) -> float:
+def orders(address: str, poll_id: str, votes: int, first: int, repeated: int | None = None) -> dict[str, object]:
+    """What benchmarks.load shall send: votes of voters from `first` on, and one in a hundred of `repeated` again."""
+    assert votes % BATCH_VOTES == 0, f"votes come in batches of {BATCH_VOTES}"
+    place = {"address": address, "poll_id": poll_id}
+    return {**place, "votes": votes, "batch": BATCH_VOTES, "streams": 3, "first": first, "repeated": repeated}
+
+
+async def cast(address: str, poll_id: str, votes: int) -> float:
     """Votes per second that a caller in another process gets acknowledged; every voter is new."""
-    orders = {"address": address, "poll_id": poll_id, "votes": votes, "batch": batch, "streams": streams}
-    load = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "benchmarks.load", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
-    )
-    assert load.stdin is not None
-    assert load.stdout is not None
-    load.stdin.write(json.dumps({**orders, "first": next(_voters)}).encode() + b"\n")
-    assert await load.stdout.readline() == b"ready\n"
-    load.stdin.write(b"\n")
-    answer = json.loads((await load.communicate())[0])
-    assert answer["accepted"] == votes // batch * batch, answer
-    return float(answer["accepted"] / answer["seconds"])
+    answer = await drive(LOAD, orders(address, poll_id, votes, new_voters()))
+    assert answer["accepted"] == votes, answer
+    return float(votes / answer["seconds"])
 
 
 async def copy(dsn: str, votes: int) -> float:
@@ -55,30 +53,108 @@ async def copy(dsn: str, votes: int) -> float:
     rows = ballots.copy_rows(1, 1, [os.urandom(16) + ballots.marking([random.randrange(2)]) for _ in range(votes)])
     connection = await asyncpg.connect(dsn)
     try:
-        await connection.execute("DROP TABLE IF EXISTS copied; CREATE TABLE copied (LIKE votes INCLUDING ALL)")
+        await connection.execute("CREATE TABLE copied (LIKE votes INCLUDING ALL)")
 
         async def source() -> AsyncIterator[bytes]:
-            yield rows
+            for start in range(0, len(rows), _CHUNK_BYTES):
+                yield rows[start : start + _CHUNK_BYTES]
 
         started = time.perf_counter()
         await connection.copy_to_table("copied", source=source(), columns=ballots.COPY_COLUMNS, format="binary")
-        return votes / (time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        await connection.execute("DROP TABLE copied")
     finally:
         await connection.close()
+    return votes / seconds
 
 
-async def run(stage: Stage, rounds: int, votes: int) -> list[Figure]:
-    """CastVotes against COPY, on the same Postgres in turns."""
-    async with stage.command_server() as (address, _):
-        poll_id = await open_poll(address)
-        await cast(address, poll_id, votes // 4)
-        return [
-            await compare(
-                "cast_votes",
-                lambda: cast(address, poll_id, votes),
-                lambda: copy(stage.write_dsn, votes),
-                unit="votes/s",
-                baseline_name="COPY on one connection",
-                rounds=rounds,
-            )
-        ]
+async def run(stage: Stage, effort: Effort) -> list[Figure]:
+    """CastVotes against COPY, on the same Postgres in turns; each side finds the stores empty."""
+    async with stage.server("command_server") as server:
+        await _into_new_poll(stage, server, effort.votes // 4 // BATCH_VOTES * BATCH_VOTES)
+
+        async def ours() -> float:
+            return await _into_new_poll(stage, server, effort.votes)
+
+        async def limit() -> float:
+            await stage.clear()
+            return await copy(stage.write_dsn, effort.votes)
+
+        values, limits = await take_turns(effort.rounds, ours, limit)
+    return [
+        figure("cast_votes", values, limits, unit="votes/s", baseline_name="COPY on one connection", bound=1.4),
+    ]
+
+
+async def _into_new_poll(stage: Stage, server: Server, votes: int) -> float:
+    await stage.clear()
+    return await cast(server.address, await open_poll(server.address), votes)
+
+
+class Cost(NamedTuple):
+    """What one vote cost, in microseconds: of time, and of the processors (command server and Postgres)."""
+
+    time: float
+    cpu: float
+
+
+async def _cost(stage: Stage, server: Server, load: dict[str, object], accepted: int) -> Cost:
+    pids = [server.pid, stage.postgres_pid]
+    driver = await Driver.prepare(LOAD, load)
+    before = sum(map(cpu_seconds, pids))
+    answer = await driver.go()
+    cpu = sum(map(cpu_seconds, pids)) - before
+    await driver.done()
+    assert (answer["accepted"], answer.get("rejected", 0)) == (accepted, 0), answer
+    return Cost(answer["seconds"] / accepted * 1e6, cpu / accepted * 1e6)
+
+
+async def grow(stage: Stage, effort: Effort) -> list[Figure]:
+    """What a vote costs in a poll that has had millions of them, against one that is new, in turns."""
+    slice_votes = min(effort.votes, effort.big_poll)
+    async with stage.server("command_server") as server:
+        await stage.clear()
+        big = await open_poll(server.address)
+        for _ in range(effort.big_poll // slice_votes):
+            await cast(server.address, big, slice_votes)
+
+        # No checkpoint before each part: it would make the big poll write whole pages more often than by itself.
+        async def into(poll_id: str) -> Cost:
+            return await _cost(stage, server, orders(server.address, poll_id, slice_votes, new_voters()), slice_votes)
+
+        async def into_new() -> Cost:
+            return await into(await open_poll(server.address))
+
+        costs, limits = await take_turns(effort.rounds, lambda: into(big), into_new)
+    millions = f"{effort.big_poll / 1e6:g}m"
+    return _costs(f"growth_{millions}", costs, limits, baseline_name="a new poll", bound=1.3)
+
+
+async def repeat(stage: Stage, effort: Effort) -> list[Figure]:
+    """What a vote costs in batches of which one vote in a hundred repeats an earlier one, against clean batches."""
+    costs: list[Cost] = []
+    limits: list[Cost] = []
+    async with stage.server("command_server") as server:
+        for _ in range(effort.rounds):
+            await stage.clear()
+            poll_id = await open_poll(server.address)
+            clean, votes = new_voters(), effort.votes
+            limits.append(await _cost(stage, server, orders(server.address, poll_id, votes, clean), votes))
+            load = orders(server.address, poll_id, votes, new_voters(), repeated=clean)
+            costs.append(await _cost(stage, server, load, votes - votes // 100))
+    return _costs("repeats", costs, limits, baseline_name="clean batches", bound=3.0)
+
+
+def _costs(name: str, costs: list[Cost], limits: list[Cost], *, baseline_name: str, bound: float) -> list[Figure]:
+    return [
+        figure(
+            f"{name}_{part}",
+            [getattr(cost, part) for cost in costs],
+            [getattr(cost, part) for cost in limits],
+            unit=f"µs/vote ({meaning})",
+            baseline_name=baseline_name,
+            bound=bound,
+            at_most=True,
+        )
+        for part, meaning in (("time", "elapsed"), ("cpu", "server and Postgres"))
+    ]

@@ -1,13 +1,14 @@
 """A caller of CastVotes in a process of its own: `python -m benchmarks.load` with its orders as JSON on stdin.
 
 It prepares all requests as bytes, says "ready", waits for a line, sends them over several streams, and prints what was
-answered as JSON: {"seconds", "accepted"}.
+answered as JSON: {"accepted", "already_recorded", "rejected", "seconds"}.
 """
 
 import asyncio
 import json
 import sys
 import time
+from collections import Counter
 from typing import Any
 
 import grpc
@@ -20,26 +21,35 @@ METHOD = "/tally.command.v1.CommandService/CastVotes"
 async def main() -> None:
     orders = json.loads(sys.stdin.readline())
     streams: list[list[bytes]] = [[] for _ in range(orders["streams"])]
-    size, first = orders["batch"], orders["first"]
+    size, first, repeated = orders["batch"], orders["first"], orders["repeated"]
     for number in range(orders["votes"] // size):
+        voters = range(number * size, (number + 1) * size)
         votes = [
-            pb.Vote(voter_id=f"voter-{first + number * size + n:012}", option_ids=["yes" if n % 3 else "no"])
-            for n in range(size)
+            pb.Vote(
+                # One in a hundred is a voter that an earlier process has sent, with the same choice.
+                voter_id=f"voter-{(repeated if repeated is not None and voter % 100 == 0 else first) + voter:012}",
+                option_ids=["yes" if voter % 3 else "no"],
+            )
+            for voter in voters
         ]
         request = pb.CastVotesRequest(batch_sequence=number, poll_id=orders["poll_id"], votes=votes)
         streams[number % len(streams)].append(request.SerializeToString())
+    answers = Counter[str]()
     async with grpc.aio.insecure_channel(orders["address"]) as channel:
         await channel.channel_ready()
         call: Any = channel.stream_stream(METHOD, response_deserializer=pb.CastVotesResponse.FromString)
 
-        async def send(requests: list[bytes]) -> int:
-            return sum([response.accepted async for response in call(iter(requests))])
+        async def send(requests: list[bytes]) -> None:
+            async for response in call(iter(requests)):
+                answers["accepted"] += response.accepted
+                answers["already_recorded"] += response.already_recorded
+                answers["rejected"] += len(response.rejections)
 
         print("ready", flush=True)
         await asyncio.to_thread(sys.stdin.readline)
         started = time.perf_counter()
-        accepted = sum(await asyncio.gather(*map(send, streams)))
-        print(json.dumps({"seconds": time.perf_counter() - started, "accepted": accepted}), flush=True)
+        await asyncio.gather(*map(send, streams))
+        print(json.dumps({**answers, "seconds": time.perf_counter() - started}), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,39 @@ import os
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import asyncpg
+import nats
+from nats.js.errors import NotFoundError
+from redis.asyncio import Redis
 
 import migrations
+from contracts.bus import STREAM
 from runtime import embedded, postgres
-from runtime.supervisor import Process, Program
+from runtime.supervisor import Died, Process, Program
 
 VOTER_SECRET = "benchmarks have a secret of their own"
+
+_TABLES = """
+SELECT quote_ident(tablename) AS name FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'schema_migrations'
+"""
+
+
+class Server(NamedTuple):
+    """A running gRPC server."""
+
+    address: str
+    pid: int
+
+
+def pid_of(process: Process) -> int:
+    """The pid of a process that runs."""
+    if process.pid is None:
+        raise Died(f"{process.name} {process.how_it_ended()}{process.last_lines()}")
+    return process.pid
 
 
 class Stage:
@@ -24,10 +47,21 @@ class Stage:
         self.stores = stores
         self.write_dsn = stores.dsn("tally_write")
         self.read_dsn = stores.dsn("tally_read")
+        self._environment = {name: value for name, value in os.environ.items() if not name.startswith("TALLY_")} | {
+            "TALLY_WRITE_DSN": self.write_dsn,
+            "TALLY_READ_DSN": self.read_dsn,
+            "TALLY_NATS_URL": stores.nats_url,
+            "TALLY_REDIS_URL": stores.redis_url,
+        }
+
+    @property
+    def postgres_pid(self) -> int:
+        """The server process, whose children serve the connections."""
+        return pid_of(self.stores.postgres_process)
 
     @asynccontextmanager
-    async def service(self, *arguments: str, environment: Mapping[str, str]) -> AsyncIterator[Process]:
-        """A process `python -m …` while the context lasts."""
+    async def service(self, *arguments: str, environment: Mapping[str, str] = {}) -> AsyncIterator[Process]:
+        """A process `python -m …` while the context lasts, with its settings for these stores."""
         name = "-".join(arguments)
         ready = self.directory / f"{name}.ready"
         ready.unlink(missing_ok=True)
@@ -36,7 +70,7 @@ class Stage:
                 name=name,
                 command=[sys.executable, "-m", *arguments],
                 ready=ready,
-                environment={**embedded_environment(), **environment, "TALLY_READY_FILE": str(ready)},
+                environment={**self._environment, **environment, "TALLY_READY_FILE": str(ready)},
             ),
             self.directory / f"{name}.log",
         )
@@ -47,29 +81,44 @@ class Stage:
             await process.stop()
 
     @asynccontextmanager
-    async def command_server(self) -> AsyncIterator[tuple[str, Process]]:
-        """The address of a command server, and its process."""
+    async def server(self, *arguments: str) -> AsyncIterator[Server]:
+        """A gRPC server `python -m …` on the write database."""
         address = f"127.0.0.1:{embedded.free_port()}"
-        environment = {
-            "TALLY_COMMAND_LISTEN": address,
-            "TALLY_WRITE_DSN": self.write_dsn,
-            "TALLY_VOTER_SECRET": VOTER_SECRET,
-        }
-        async with self.service("command_server", environment=environment) as process:
-            yield address, process
+        environment = {"TALLY_COMMAND_LISTEN": address, "TALLY_VOTER_SECRET": VOTER_SECRET}
+        async with self.service(*arguments, environment=environment) as process:
+            yield Server(address, pid_of(process))
 
-    async def sql(self, query: str, *arguments: object) -> list[asyncpg.Record]:
-        """The rows of a query on the write database."""
-        connection = await asyncpg.connect(self.write_dsn)
+    async def sql(self, query: str, *arguments: object, dsn: str = "") -> list[asyncpg.Record]:
+        """The rows of a query, on the write database or another one."""
+        connection = await asyncpg.connect(dsn or self.write_dsn)
         try:
             return list(await connection.fetch(query, *arguments))
         finally:
             await connection.close()
 
+    async def clear(self) -> None:
+        """Empties all stores, and leaves no work behind that the next measurement would pay for.
 
-def embedded_environment() -> dict[str, str]:
-    """The environment without any setting of ours."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("TALLY_")}
+        A command server may go on running; relay and projectors may not.
+        """
+        for dsn in (self.write_dsn, self.read_dsn):
+            tables = await self.sql(_TABLES, dsn=dsn)
+            await self.sql(f"TRUNCATE {', '.join(row['name'] for row in tables)}", dsn=dsn)
+        await self.sql("CHECKPOINT", dsn=self.stores.admin_dsn)
+        async with Redis.from_url(self.stores.redis_url) as redis:
+            await redis.flushall()
+        bus = await nats.connect(self.stores.nats_url)
+        with suppress(NotFoundError):
+            await bus.jetstream().delete_stream(STREAM)
+        await bus.close()
+
+    async def durability(self) -> dict[str, str]:
+        """The settings of the server without which a commit is not on the disk. Raises where one of them is off."""
+        names = ("fsync", "synchronous_commit", "full_page_writes")
+        settings = {name: str((await self.sql(f"SHOW {name}"))[0][0]) for name in names}
+        if set(settings.values()) != {"on"}:
+            raise RuntimeError(f"figures without durability mean nothing: {settings}")
+        return settings
 
 
 @asynccontextmanager

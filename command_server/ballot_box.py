@@ -275,10 +275,12 @@ class BallotBox:
                         if poll.state != OPEN:
                             return await self._record_none(connection, poll, batch_id, batch)
                         if all_new:
-                            return await self._record_new(connection, poll, batch_id, batch)
+                            return Verdicts(await self._record_new(connection, poll, batch_id, batch), {})
+                        if poll.spec.allow_vote_change:
+                            return await self._replace_some(connection, poll, batch_id, batch)
                         return await self._record_some(connection, poll, batch_id, batch)
                 except asyncpg.UniqueViolationError as error:
-                    if error.constraint_name != "votes_pkey" or not all_new:
+                    if error.constraint_name != "votes_pkey":
                         raise
                     _duplicates.inc()
                     all_new = False
@@ -307,14 +309,23 @@ class BallotBox:
         self._idle.append(connection)
 
     async def _record_new(
-        self, connection: asyncpg.Connection, poll: Poll, batch_id: int, batch: Sequence[bytes]
-    ) -> Verdicts:
-        """The way of nearly every batch: no voter of it has voted. Fails with UniqueViolationError where one has."""
+        self,
+        connection: asyncpg.Connection,
+        poll: Poll,
+        batch_id: int,
+        batch: Sequence[bytes],
+        weights: Mapping[bytes, int] | None = None,
+    ) -> Recorded:
+        """Votes of voters who have none. Fails with UniqueViolationError where one has.
+
+        They are sorted by key, so that two batches with the same voters wait for each other in one order and never
+        deadlock.
+        """
         batch = sorted(batch)
-        payload = Event(votes_cast=ballots.votes_cast(batch_id, batch)).SerializeToString()
+        payload = Event(votes_cast=ballots.votes_cast(batch_id, batch, weights)).SerializeToString()
         if len(batch) <= SMALL_BATCH:
-            keys, choices = [KeyUUID(ballot[:16]) for ballot in batch], [ballots.choices(ballot) for ballot in batch]
-            row = await connection.fetchrow(sql.record_votes, batch_id, poll.poll_no, keys, choices, payload)
+            columns = _columns(batch)
+            row = await connection.fetchrow(sql.record_votes, batch_id, poll.poll_no, *columns, payload)
         else:
             async with connection.transaction():
                 await connection.copy_to_table(
@@ -327,38 +338,47 @@ class BallotBox:
                 failpoint("command.before_commit")
         failpoint("command.after_commit")
         _count(len(batch))
-        return Verdicts(_recorded(row), {})
+        return _recorded(row)
 
     async def _record_some(
         self, connection: asyncpg.Connection, poll: Poll, batch_id: int, batch: Sequence[bytes]
     ) -> Verdicts:
-        """The way of a batch with voters who have voted before, or twice in the batch, or have to be on the roll."""
+        """The way of a batch with voters who have voted before, or twice in the batch, or have to be on the roll.
+
+        Who has voted is read first, but only to leave them out: the key still decides, and where another batch is
+        faster this one fails and is tried again.
+        """
         first = {ballots.voter_key(ballot): ballot for ballot in reversed(batch)}
+        standing = await self._standing(connection, poll, batch_id, first)
         weights = await self._weights(connection, poll, first) if poll.has_roll else None
-        candidates = sorted(first.values() if weights is None else [first[key] for key in weights])
-        statement = sql.replace_votes if poll.spec.allow_vote_change else sql.insert_votes
-        recorded: Recorded | None = None
+        new = [ballot for key, ballot in first.items() if key not in standing and (weights is None or key in weights)]
+        if new:
+            recorded = await self._record_new(connection, poll, batch_id, new, weights)
+            standing.update((ballots.voter_key(b), _Standing(ballots.choices(b), recorded)) for b in new)
+        return _judge(batch, standing, not_eligible())
+
+    async def _replace_some(
+        self, connection: asyncpg.Connection, poll: Poll, batch_id: int, batch: Sequence[bytes]
+    ) -> Verdicts:
+        """The way of a batch, without repeated voters, in which votes may take the place of earlier ones."""
+        mine = {ballots.voter_key(ballot): ballot for ballot in batch}
+        weights = await self._weights(connection, poll, mine) if poll.has_roll else None
+        candidates = sorted(batch if weights is None else [mine[key] for key in weights])
+        standing: dict[bytes, _Standing] = {}
         async with connection.transaction():
-            rows = await connection.fetch(
-                statement,
-                batch_id,
-                poll.poll_no,
-                [KeyUUID(ballots.voter_key(ballot)) for ballot in candidates],
-                [ballots.choices(ballot) for ballot in candidates],
-            )
+            rows = await connection.fetch(sql.replace_votes, batch_id, poll.poll_no, *_columns(candidates))
             written = {row["voter_key"].bytes: row["replaced"] for row in rows}
             if written:
                 replaced = {key: choices for key, choices in written.items() if choices is not None}
-                votes = ballots.votes_cast(batch_id, sorted(first[key] for key in written), weights, replaced)
+                votes = ballots.votes_cast(batch_id, sorted(mine[key] for key in written), weights, replaced)
                 payload = Event(votes_cast=votes).SerializeToString()
-                row = await connection.fetchrow(sql.log_votes, poll.poll_no, batch_id, payload)
-                recorded = _recorded(row)
+                recorded = _recorded(await connection.fetchrow(sql.log_votes, poll.poll_no, batch_id, payload))
+                standing = {key: _Standing(ballots.choices(mine[key]), recorded) for key in written}
                 failpoint("command.before_commit")
         failpoint("command.after_commit")
         _count(len(written))
-        standing = await self._standing(connection, poll, batch_id, [key for key in first if key not in written])
-        if recorded is not None:
-            standing.update((key, _Standing(ballots.choices(first[key]), recorded)) for key in written)
+        unchanged = [key for key in mine if key not in written]
+        standing |= await self._standing(connection, poll, batch_id, unchanged)
         return _judge(batch, standing, not_eligible())
 
     async def _record_none(
@@ -416,6 +436,11 @@ def _recorded(row: asyncpg.Record, *, already: bool = False) -> Recorded:
     moment = Timestamp()
     moment.FromDatetime(row["recorded_at"])
     return Recorded(row["version"], moment, already)
+
+
+def _columns(batch: Sequence[bytes]) -> tuple[list[KeyUUID], list[bytes]]:
+    """voter_key and choices of each ballot, as arrays for a statement."""
+    return [KeyUUID(ballots.voter_key(ballot)) for ballot in batch], [ballots.choices(ballot) for ballot in batch]
 
 
 def _count(votes: int) -> None:

@@ -54,14 +54,8 @@ SELECT version, recorded_at FROM log_votes($1, $2, $3)
 -- find_weights: those of these voters that are on the roll
 SELECT voter_key, weight FROM roll WHERE poll_no = $1 AND voter_key = ANY ($2::uuid[])
 
--- insert_votes: the votes of a batch whose voters have none yet; sorted by key, so that two batches with the same voters
--- wait for each other in one order and never deadlock
-INSERT INTO votes (batch_id, poll_no, choices, voter_key)
-SELECT $1, $2, choices, voter_key FROM unnest($3::uuid[], $4::bytea[]) AS vote (voter_key, choices)
-ON CONFLICT DO NOTHING
-RETURNING voter_key, NULL::bytea AS replaced
-
--- replace_votes: the votes of a batch that are new or chose otherwise than the voter's vote before, with that one's choices
+-- replace_votes: the votes of a batch that are new or chose otherwise than the voter's vote before, with that one's
+-- choices; sorted by key, so that two batches with the same voters wait for each other in one order and never deadlock
 INSERT INTO votes (batch_id, poll_no, choices, voter_key)
 SELECT $1, $2, choices, voter_key FROM unnest($3::uuid[], $4::bytea[]) AS vote (voter_key, choices)
 ON CONFLICT (poll_no, voter_key) DO UPDATE SET choices = excluded.choices, batch_id = excluded.batch_id

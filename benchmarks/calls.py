@@ -1,0 +1,64 @@
+"""A caller of a unary RPC in a process of its own: `python -m benchmarks.calls` with its orders as JSON on stdin.
+
+The requests are those of CastVote, each by a new voter, or empty where there is no poll. It says "ready", waits for a
+line, then calls for some seconds: `concurrent` callers, each with its next call as soon as the last one is answered,
+or, given a `rate`, that many calls per second, whatever the answers. It prints {"calls", "seconds", "p50", "p99"} as
+JSON. With a rate, a call's time counts from when it was due, so a caller that falls behind does not hide it.
+"""
+
+import asyncio
+import json
+import statistics
+import sys
+import time
+from itertools import count
+from typing import Any
+
+import grpc
+import uvloop
+from tally.command.v1 import command_service_pb2 as pb
+
+
+async def main() -> None:
+    orders = json.loads(sys.stdin.readline())
+    voters = count(orders["first"])
+    template = pb.CastVoteRequest(poll_id=orders["poll_id"], option_ids=["yes"]).SerializeToString()
+
+    def request() -> bytes:
+        # Messages one after the other are read as one.
+        return template and template + pb.CastVoteRequest(voter_id=f"voter-{next(voters):012}").SerializeToString()
+
+    times: list[float] = []
+    async with grpc.aio.insecure_channel(orders["address"]) as channel:
+        await channel.channel_ready()
+        call: Any = channel.unary_unary(orders["method"])
+        await call(request())
+
+        async def once(due: float) -> None:
+            await call(request())
+            times.append(time.perf_counter() - due)
+
+        async def keep_calling(until: float) -> None:
+            while (now := time.perf_counter()) < until:
+                await once(now)
+
+        print("ready", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        started = time.perf_counter()
+        async with asyncio.TaskGroup() as tasks:
+            if orders["rate"]:
+                for number in range(int(orders["rate"] * orders["seconds"])):
+                    due = started + number / orders["rate"]
+                    if (early := due - time.perf_counter()) > 0:
+                        await asyncio.sleep(early)
+                    tasks.create_task(once(due))
+            else:
+                for _ in range(orders["concurrent"]):
+                    tasks.create_task(keep_calling(started + orders["seconds"]))
+        seconds = time.perf_counter() - started
+    percentiles = statistics.quantiles(times, n=100)
+    print(json.dumps({"calls": len(times), "seconds": seconds, "p50": percentiles[49], "p99": percentiles[98]}))
+
+
+if __name__ == "__main__":
+    uvloop.run(main())
