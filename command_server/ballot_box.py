@@ -144,8 +144,9 @@ class BallotBox:
     def __init__(self, pool: asyncpg.Pool, polls: Polls) -> None:
         self._pool = pool
         self._polls = polls
-        # By poll_no: polls with ballots that wait, or a commit under way.
-        self._queues: dict[int, _Queue] = {}
+        # Polls with ballots that wait, or a commit under way; by poll_no and the state in which the poll was found. A
+        # ballot for a draft must not wait together with one for the poll once it is open: its options were others.
+        self._queues: dict[tuple[int, str], _Queue] = {}
         # Those that are due, each once, in the order in which they are served.
         self._ready: asyncio.Queue[_Queue] = asyncio.Queue()
         # Connections that worked last time; at most one for each committer.
@@ -180,9 +181,9 @@ class BallotBox:
     def _submit(self, poll: Poll, batch: Sequence[bytes]) -> "asyncio.Future[Verdicts]":
         loop = asyncio.get_running_loop()
         verdicts: asyncio.Future[Verdicts] = loop.create_future()
-        queue = self._queues.get(poll.poll_no)
+        queue = self._queues.get((poll.poll_no, poll.state))
         if queue is None:
-            queue = self._queues[poll.poll_no] = _Queue(poll)
+            queue = self._queues[poll.poll_no, poll.state] = _Queue(poll)
         queue.put(_Submission(batch, verdicts, loop.time()))
         self._ballots += len(batch)
         self._offer(queue)
@@ -210,7 +211,7 @@ class BallotBox:
                 queue.committing -= 1
                 self._offer(queue)
                 if not (queue.submissions or queue.committing):
-                    del self._queues[queue.poll.poll_no]
+                    del self._queues[queue.poll.poll_no, queue.poll.state]
                 async with self._room:
                     self._ballots -= sum(len(submission.ballots) for submission in submissions)
                     self._room.notify_all()
@@ -387,7 +388,7 @@ class BallotBox:
         """The way of a batch for a poll that is not open: only repeats of recorded votes are not refused."""
         state = await connection.fetchval(sql.poll_state, poll.poll_no)
         standing = await self._standing(connection, poll, batch_id, {ballots.voter_key(ballot) for ballot in batch})
-        return _judge(batch, standing, not_open(CLOSED if state == OPEN else state))
+        return _judge(batch, standing, not_open(poll.state if state == OPEN else state))
 
     async def _weights(self, connection: asyncpg.Connection, poll: Poll, keys: Collection[bytes]) -> dict[bytes, int]:
         """The weights of those voters who are on the roll. They stay: nobody is ever taken off a roll."""

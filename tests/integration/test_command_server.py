@@ -393,6 +393,28 @@ async def test_a_terminated_connection_loses_and_doubles_nothing(
     assert (await read_log(write_dsn, poll_id)).rows == 20_000
 
 
+async def test_a_vote_for_a_draft_does_not_hold_up_those_after_its_opening(
+    server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = asyncio.Event()
+    judge = ballot_box.BallotBox._record_none
+
+    async def judge_late(*arguments: Any) -> Any:
+        await released.wait()
+        return await judge(*arguments)
+
+    monkeypatch.setattr(ballot_box.BallotBox, "_record_none", judge_late)
+    poll_id = await draft_poll(server)
+    early = asyncio.create_task(refused(server.CastVote(vote(poll_id, "ada", "mon"))))
+    while not ballot_box._waiting._value.get():
+        await asyncio.sleep(0.005)
+    await server.OpenPoll(pb.OpenPollRequest(poll_id=poll_id))
+    await server.CastVote(vote(poll_id, "bob", "mon"), timeout=5)
+    released.set()
+    assert (await early).reason == "POLL_NOT_OPEN"
+    assert (await read_log(write_dsn, poll_id)).rows == 1
+
+
 async def test_a_full_queue_refuses_a_vote_and_holds_a_stream(
     server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
