@@ -12,7 +12,7 @@ from tally.query.v1 import query_service_pb2
 
 # What callers rely on, from the contract; more may be added, nothing may be renamed.
 FIELDS = {
-    "tally.poll.v1.PollSpec": "title description options method",
+    "tally.poll.v1.PollSpec": "title description options method max_choices opens_at closes_at allow_vote_change eligibility",
     "tally.poll.v1.PollOption": "option_id label",
     "tally.poll.v1.VoteReceipt": "poll_id receipt_id version recorded_at",
     "tally.command.v1.CreatePollRequest": "request_id poll",
@@ -21,6 +21,15 @@ FIELDS = {
     "tally.command.v1.OpenPollResponse": "consistency_token",
     "tally.command.v1.ClosePollRequest": "request_id poll_id",
     "tally.command.v1.ClosePollResponse": "consistency_token",
+    "tally.command.v1.UpdatePollRequest": "request_id poll_id poll update_mask",
+    "tally.command.v1.UpdatePollResponse": "consistency_token",
+    "tally.command.v1.CancelPollRequest": "request_id poll_id",
+    "tally.command.v1.CancelPollResponse": "consistency_token",
+    "tally.command.v1.CertifyPollRequest": "request_id poll_id",
+    "tally.command.v1.CertifyPollResponse": "consistency_token",
+    "tally.command.v1.RegisterVotersRequest": "poll_id voters",
+    "tally.command.v1.Voter": "voter_id weight",
+    "tally.command.v1.RegisterVotersResponse": "registered already_registered consistency_token",
     "tally.command.v1.CastVoteRequest": "poll_id voter_id option_ids",
     "tally.command.v1.CastVoteResponse": "receipt already_recorded consistency_token",
     "tally.command.v1.CastVotesRequest": "batch_sequence poll_id votes",
@@ -33,7 +42,7 @@ FIELDS = {
     "tally.query.v1.ListPollsResponse": "polls next_page_token",
     "tally.query.v1.GetResultsRequest": "poll_id at_least_as_fresh",
     "tally.query.v1.GetResultsResponse": "results",
-    "tally.query.v1.Results": "poll_id state version counts total_votes as_of source",
+    "tally.query.v1.Results": "poll_id state version counts total_votes eligible_voters as_of source certification",
     "tally.query.v1.OptionCount": "option_id label count",
     "tally.query.v1.WatchResultsRequest": "poll_ids min_interval",
     "tally.query.v1.WatchResultsResponse": "results",
@@ -41,11 +50,11 @@ FIELDS = {
     "tally.query.v1.GetVoteResponse": "receipt",
 }
 RPCS = {
-    command_service_pb2: "CreatePoll OpenPoll ClosePoll CastVote CastVotes",
+    command_service_pb2: "CreatePoll UpdatePoll OpenPoll ClosePoll CancelPoll RegisterVoters CastVote CastVotes CertifyPoll",
     query_service_pb2: "GetPoll ListPolls GetResults WatchResults GetVote",
 }
 REASONS = """INVALID_REQUEST UNKNOWN_OPTION TOO_MANY_CHOICES POLL_NOT_FOUND VOTE_NOT_FOUND POLL_NOT_OPEN POLL_NOT_DRAFT
-ALREADY_VOTED OVERLOADED STORE_UNAVAILABLE READ_MODEL_BEHIND"""
+POLL_NOT_CLOSED VOTER_NOT_ELIGIBLE ALREADY_VOTED OVERLOADED STORE_UNAVAILABLE READ_MODEL_BEHIND"""
 
 
 def test_the_names_that_callers_rely_on_are_there() -> None:
