@@ -12,7 +12,8 @@ from tally.query.v1 import query_service_pb2
 
 # What callers rely on, from the contract; more may be added, nothing may be renamed.
 FIELDS = {
-    "tally.poll.v1.PollSpec": "title description options method max_choices opens_at closes_at allow_vote_change eligibility",
+    "tally.poll.v1.PollSpec": "title description options method max_choices opens_at closes_at allow_vote_change"
+    " eligibility",
     "tally.poll.v1.PollOption": "option_id label",
     "tally.poll.v1.VoteReceipt": "poll_id receipt_id version recorded_at",
     "tally.command.v1.CreatePollRequest": "request_id poll",
