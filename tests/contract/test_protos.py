@@ -51,8 +51,8 @@ FIELDS = {
     "tally.query.v1.GetVoteResponse": "receipt",
 }
 RPCS = {
-    "tally.query.v1.Results": "poll_id state version counts total_votes eligible_voters as_of source certification"
-    " consistency_token",
+    command_service_pb2: "CreatePoll UpdatePoll OpenPoll ClosePoll CancelPoll CertifyPoll RegisterVoters"
+    " CastVote CastVotes",
     query_service_pb2: "GetPoll ListPolls GetResults WatchResults GetVote",
 }
 REASONS = """INVALID_REQUEST UNKNOWN_OPTION TOO_MANY_CHOICES POLL_NOT_FOUND VOTE_NOT_FOUND POLL_NOT_OPEN POLL_NOT_DRAFT
