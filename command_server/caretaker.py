@@ -66,7 +66,10 @@ class Caretaker:
                     backoff.reset()
                 _late.set(backoff.failures + 1)
                 log.warning("taking care of polls failed", errors=reasons(failures))
-                await backoff.wait()
+            else:
+                continue
+            # Not within except*, which would wrap a cancellation into a group.
+            await backoff.wait()
 
     async def _session(self) -> None:
         connection = await asyncpg.connect(self._write_dsn, timeout=5, command_timeout=10)

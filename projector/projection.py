@@ -114,7 +114,10 @@ class Projection:
                     backoff.reset()
                 _failures.labels(self._kind.name).inc()
                 log.warning("projecting failed", errors=reasons(failures), failures=backoff.failures + 1)
-                await backoff.wait()
+            else:
+                continue
+            # Not within except*, which would wrap a cancellation into a group.
+            await backoff.wait()
 
 
 class _Session:

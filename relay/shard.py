@@ -73,7 +73,10 @@ class Shard:
                 log.warning(
                     "relaying failed", shard=self._shard, errors=reasons(failures), failures=backoff.failures + 1
                 )
-                await backoff.wait()
+            else:
+                continue
+            # Not within except*, which would wrap a cancellation into a group.
+            await backoff.wait()
 
     async def _session(self, stop: asyncio.Event) -> None:
         async with (
