@@ -33,7 +33,7 @@ async def test_a_cancellation_that_a_task_group_has_swallowed_takes_effect() -> 
 
     async def fail_on_cancel() -> None:
         try:
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
         finally:
             raise OSError("the connection broke at that moment")
 
