@@ -76,6 +76,11 @@ class QueryService(QueryServiceServicer):
         receipt.receipt_id = self._voters.receipt_id(poll_id, voter_key)
         return pb.GetVoteResponse(receipt=receipt)
 
+    async def GetReadModelStatus(
+        self, request: pb.GetReadModelStatusRequest, context: Context
+    ) -> pb.GetReadModelStatusResponse:
+        return pb.GetReadModelStatusResponse()
+
 
 async def _write(context: Context, results: bytes) -> None:
     try:

@@ -49,11 +49,12 @@ FIELDS = {
     "tally.query.v1.WatchResultsResponse": "results",
     "tally.query.v1.GetVoteRequest": "poll_id voter_id at_least_as_fresh",
     "tally.query.v1.GetVoteResponse": "receipt",
+    "tally.query.v1.ReadModelStatus": "version events_behind seconds_behind last_error",
 }
 RPCS = {
     command_service_pb2: "CreatePoll UpdatePoll OpenPoll ClosePoll CancelPoll CertifyPoll RegisterVoters"
     " CastVote CastVotes",
-    query_service_pb2: "GetPoll ListPolls GetResults WatchResults GetVote",
+    query_service_pb2: "GetPoll ListPolls GetResults WatchResults GetVote GetReadModelStatus",
 }
 REASONS = """INVALID_REQUEST UNKNOWN_OPTION TOO_MANY_CHOICES POLL_NOT_FOUND VOTE_NOT_FOUND POLL_NOT_OPEN POLL_NOT_DRAFT
 POLL_NOT_CLOSED VOTER_NOT_ELIGIBLE ALREADY_VOTED OVERLOADED STORE_UNAVAILABLE READ_MODEL_BEHIND"""

@@ -45,6 +45,37 @@ RESULTS_SOURCE_LIVE_CACHE: ResultsSource.ValueType  # 1
 RESULTS_SOURCE_READ_DATABASE: ResultsSource.ValueType  # 2
 """RESULTS_SOURCE_READ_DATABASE is the read database, used where the live counters have nothing."""
 
+class _ReadModelState:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReadModelStateEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ReadModelState.ValueType], builtins.type):
+    DESCRIPTOR: descriptor.EnumDescriptor
+    READ_MODEL_STATE_UNSPECIFIED: _ReadModelState.ValueType  # 0
+    """READ_MODEL_STATE_UNSPECIFIED is never sent."""
+    READ_MODEL_STATE_READING: _ReadModelState.ValueType  # 1
+    """READ_MODEL_STATE_READING: its projector reads the stream and applies what comes."""
+    READ_MODEL_STATE_INTERRUPTED: _ReadModelState.ValueType  # 2
+    """READ_MODEL_STATE_INTERRUPTED: its projector runs but cannot read the stream; last_error says why."""
+    READ_MODEL_STATE_SILENT: _ReadModelState.ValueType  # 3
+    """READ_MODEL_STATE_SILENT: its projector has said nothing for more than 5 s, or never; it may be dead."""
+    READ_MODEL_STATE_UNAVAILABLE: _ReadModelState.ValueType  # 4
+    """READ_MODEL_STATE_UNAVAILABLE: the store of the read model does not answer."""
+
+class ReadModelState(_ReadModelState, metaclass=_ReadModelStateEnumTypeWrapper):
+    """ReadModelState is what becomes of new events in a read model."""
+
+READ_MODEL_STATE_UNSPECIFIED: ReadModelState.ValueType  # 0
+"""READ_MODEL_STATE_UNSPECIFIED is never sent."""
+READ_MODEL_STATE_READING: ReadModelState.ValueType  # 1
+"""READ_MODEL_STATE_READING: its projector reads the stream and applies what comes."""
+READ_MODEL_STATE_INTERRUPTED: ReadModelState.ValueType  # 2
+"""READ_MODEL_STATE_INTERRUPTED: its projector runs but cannot read the stream; last_error says why."""
+READ_MODEL_STATE_SILENT: ReadModelState.ValueType  # 3
+"""READ_MODEL_STATE_SILENT: its projector has said nothing for more than 5 s, or never; it may be dead."""
+READ_MODEL_STATE_UNAVAILABLE: ReadModelState.ValueType  # 4
+"""READ_MODEL_STATE_UNAVAILABLE: the store of the read model does not answer."""
+
 @typing.final
 class GetPollRequest(message.Message):
     """GetPollRequest asks for a poll."""
@@ -512,5 +543,225 @@ class GetVoteResponse(message.Message):
     _HasFieldArgType: _TypeAlias = typing.Literal["receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GetReadModelStatusRequest(message.Message):
+    """GetReadModelStatusRequest asks for everything there is to know."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GetReadModelStatusResponse(message.Message):
+    """GetReadModelStatusResponse says how far events have come on their way from the event log to the readers."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    READ_MODELS_FIELD_NUMBER: builtins.int
+    OUTBOX_FIELD_NUMBER: builtins.int
+    STREAM_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def read_models(self) -> containers.RepeatedCompositeFieldContainer[ReadModelStatus]:
+        """read_models has one entry for each read model: live, the counters in Redis, then those in the read database."""
+
+    @builtins.property
+    def outbox(self) -> containers.RepeatedCompositeFieldContainer[OutboxStatus]:
+        """outbox has one entry for each shard of the relay that has been heard of: events that the stream does not have yet."""
+
+    @builtins.property
+    def stream(self) -> StreamStatus:
+        """stream is the stream of events between the relay and the projectors; absent where nobody has seen it."""
+
+    def __init__(
+        self,
+        *,
+        read_models: abc.Iterable[ReadModelStatus] | None = ...,
+        outbox: abc.Iterable[OutboxStatus] | None = ...,
+        stream: StreamStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["stream", b"stream"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["outbox", b"outbox", "read_models", b"read_models", "stream", b"stream"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ReadModelStatus(message.Message):
+    """ReadModelStatus is how far one read model has come."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    EVENTS_BEHIND_FIELD_NUMBER: builtins.int
+    SECONDS_BEHIND_FIELD_NUMBER: builtins.int
+    PARKED_POLLS_FIELD_NUMBER: builtins.int
+    GAPPED_POLLS_FIELD_NUMBER: builtins.int
+    LAST_ERROR_FIELD_NUMBER: builtins.int
+    LAST_ERROR_AT_FIELD_NUMBER: builtins.int
+    REPORTED_AT_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """name is live, views, or what another read model is called."""
+    state: ReadModelState.ValueType
+    """state is what becomes of new events."""
+    version: builtins.int
+    """version is the last message of the stream that the read model contains, with all before it; absent: unknown."""
+    events_behind: builtins.int
+    """events_behind is how many events are in the event log and not in the read model, those in the outbox and those in
+    the stream together; events that are published a second time count again. Absent: unknown.
+    """
+    seconds_behind: builtins.float
+    """seconds_behind is for how long there has been an event that the read model does not contain, at most; 0 where it
+    contains all. Absent: unknown.
+    """
+    parked_polls: builtins.int
+    """parked_polls are polls that stand still because of an event that cannot be applied; absent: unknown."""
+    gapped_polls: builtins.int
+    """gapped_polls are polls that wait for a missing event, which was asked for; absent: unknown."""
+    last_error: builtins.str
+    """last_error is what interrupted the projector last; empty where nothing has since it was started."""
+    @builtins.property
+    def last_error_at(self) -> timestamp_pb2.Timestamp:
+        """last_error_at is when it did, by the projector's clock; absent without a last_error."""
+
+    @builtins.property
+    def reported_at(self) -> timestamp_pb2.Timestamp:
+        """reported_at is when the projector said all this, by its clock; it does so each second. Absent: never."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        state: ReadModelState.ValueType = ...,
+        version: builtins.int | None = ...,
+        events_behind: builtins.int | None = ...,
+        seconds_behind: builtins.float | None = ...,
+        parked_polls: builtins.int | None = ...,
+        gapped_polls: builtins.int | None = ...,
+        last_error: builtins.str = ...,
+        last_error_at: timestamp_pb2.Timestamp | None = ...,
+        reported_at: timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["_events_behind", b"_events_behind", "_gapped_polls", b"_gapped_polls", "_parked_polls", b"_parked_polls", "_seconds_behind", b"_seconds_behind", "_version", b"_version", "events_behind", b"events_behind", "gapped_polls", b"gapped_polls", "last_error_at", b"last_error_at", "parked_polls", b"parked_polls", "reported_at", b"reported_at", "seconds_behind", b"seconds_behind", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_events_behind", b"_events_behind", "_gapped_polls", b"_gapped_polls", "_parked_polls", b"_parked_polls", "_seconds_behind", b"_seconds_behind", "_version", b"_version", "events_behind", b"events_behind", "gapped_polls", b"gapped_polls", "last_error", b"last_error", "last_error_at", b"last_error_at", "name", b"name", "parked_polls", b"parked_polls", "reported_at", b"reported_at", "seconds_behind", b"seconds_behind", "state", b"state", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__events_behind: _TypeAlias = typing.Literal["events_behind"]  # noqa: Y015
+    _WhichOneofArgType__events_behind: _TypeAlias = typing.Literal["_events_behind", b"_events_behind"]  # noqa: Y015
+    _WhichOneofReturnType__gapped_polls: _TypeAlias = typing.Literal["gapped_polls"]  # noqa: Y015
+    _WhichOneofArgType__gapped_polls: _TypeAlias = typing.Literal["_gapped_polls", b"_gapped_polls"]  # noqa: Y015
+    _WhichOneofReturnType__parked_polls: _TypeAlias = typing.Literal["parked_polls"]  # noqa: Y015
+    _WhichOneofArgType__parked_polls: _TypeAlias = typing.Literal["_parked_polls", b"_parked_polls"]  # noqa: Y015
+    _WhichOneofReturnType__seconds_behind: _TypeAlias = typing.Literal["seconds_behind"]  # noqa: Y015
+    _WhichOneofArgType__seconds_behind: _TypeAlias = typing.Literal["_seconds_behind", b"_seconds_behind"]  # noqa: Y015
+    _WhichOneofReturnType__version: _TypeAlias = typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = typing.Literal["_version", b"_version"]  # noqa: Y015
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__events_behind) -> _WhichOneofReturnType__events_behind | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gapped_polls) -> _WhichOneofReturnType__gapped_polls | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__parked_polls) -> _WhichOneofReturnType__parked_polls | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seconds_behind) -> _WhichOneofReturnType__seconds_behind | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
+
+@typing.final
+class OutboxStatus(message.Message):
+    """OutboxStatus is what waits in one shard of the outbox, as its relay said at reported_at."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    SHARD_FIELD_NUMBER: builtins.int
+    SHARDS_FIELD_NUMBER: builtins.int
+    EVENTS_FIELD_NUMBER: builtins.int
+    OLDEST_SECONDS_FIELD_NUMBER: builtins.int
+    REPORTED_AT_FIELD_NUMBER: builtins.int
+    shard: builtins.int
+    """shard is the number of the shard, from 0."""
+    shards: builtins.int
+    """shards is how many there are."""
+    events: builtins.int
+    """events is how many events wait to be published."""
+    oldest_seconds: builtins.float
+    """oldest_seconds is how long the first of them had waited; absent where none does."""
+    @builtins.property
+    def reported_at(self) -> timestamp_pb2.Timestamp:
+        """reported_at is when the relay said so, by its clock; it does so each second, while it reaches NATS."""
+
+    def __init__(
+        self,
+        *,
+        shard: builtins.int = ...,
+        shards: builtins.int = ...,
+        events: builtins.int = ...,
+        oldest_seconds: builtins.float | None = ...,
+        reported_at: timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["_oldest_seconds", b"_oldest_seconds", "oldest_seconds", b"oldest_seconds", "reported_at", b"reported_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_oldest_seconds", b"_oldest_seconds", "events", b"events", "oldest_seconds", b"oldest_seconds", "reported_at", b"reported_at", "shard", b"shard", "shards", b"shards"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__oldest_seconds: _TypeAlias = typing.Literal["oldest_seconds"]  # noqa: Y015
+    _WhichOneofArgType__oldest_seconds: _TypeAlias = typing.Literal["_oldest_seconds", b"_oldest_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__oldest_seconds) -> _WhichOneofReturnType__oldest_seconds | None: ...
+
+@typing.final
+class StreamStatus(message.Message):
+    """StreamStatus is the stream of events, as a projector saw it at reported_at."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CREATED_AT_FIELD_NUMBER: builtins.int
+    FIRST_SEQUENCE_FIELD_NUMBER: builtins.int
+    LAST_SEQUENCE_FIELD_NUMBER: builtins.int
+    MESSAGES_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    CONSUMERS_FIELD_NUMBER: builtins.int
+    REPORTED_AT_FIELD_NUMBER: builtins.int
+    first_sequence: builtins.int
+    """first_sequence is the first message that it still has."""
+    last_sequence: builtins.int
+    """last_sequence is its last message; 0 where there never was one."""
+    messages: builtins.int
+    """messages is how many it has."""
+    bytes: builtins.int
+    """bytes is their size on the disk."""
+    consumers: builtins.int
+    """consumers is how many read it now."""
+    @builtins.property
+    def created_at(self) -> timestamp_pb2.Timestamp:
+        """created_at is when the stream was made; a stream that was made anew counts its messages from 1 again."""
+
+    @builtins.property
+    def reported_at(self) -> timestamp_pb2.Timestamp:
+        """reported_at is when the projector looked, by its clock; it does so each second."""
+
+    def __init__(
+        self,
+        *,
+        created_at: timestamp_pb2.Timestamp | None = ...,
+        first_sequence: builtins.int = ...,
+        last_sequence: builtins.int = ...,
+        messages: builtins.int = ...,
+        bytes: builtins.int = ...,
+        consumers: builtins.int = ...,
+        reported_at: timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["created_at", b"created_at", "reported_at", b"reported_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["bytes", b"bytes", "consumers", b"consumers", "created_at", b"created_at", "first_sequence", b"first_sequence", "last_sequence", b"last_sequence", "messages", b"messages", "reported_at", b"reported_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

@@ -63,6 +63,11 @@ class QueryServiceStub:
                 request_serializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetVoteRequest.SerializeToString,
                 response_deserializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetVoteResponse.FromString,
                 _registered_method=True)
+        self.GetReadModelStatus = channel.unary_unary(
+                '/tally.query.v1.QueryService/GetReadModelStatus',
+                request_serializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetReadModelStatusRequest.SerializeToString,
+                response_deserializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetReadModelStatusResponse.FromString,
+                _registered_method=True)
 
 
 class QueryServiceServicer:
@@ -109,6 +114,14 @@ class QueryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetReadModelStatus(self, request, context):
+        """GetReadModelStatus tells an operator how far the read models are behind the event log, and what holds them up. It
+        answers whatever is down: what nobody knows at the moment is absent, and never 0.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_QueryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -136,6 +149,11 @@ def add_QueryServiceServicer_to_server(servicer, server):
                     servicer.GetVote,
                     request_deserializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetVoteRequest.FromString,
                     response_serializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetVoteResponse.SerializeToString,
+            ),
+            'GetReadModelStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetReadModelStatus,
+                    request_deserializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetReadModelStatusRequest.FromString,
+                    response_serializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetReadModelStatusResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -277,6 +295,33 @@ class QueryService:
             '/tally.query.v1.QueryService/GetVote',
             tally_dot_query_dot_v1_dot_query__service__pb2.GetVoteRequest.SerializeToString,
             tally_dot_query_dot_v1_dot_query__service__pb2.GetVoteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetReadModelStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tally.query.v1.QueryService/GetReadModelStatus',
+            tally_dot_query_dot_v1_dot_query__service__pb2.GetReadModelStatusRequest.SerializeToString,
+            tally_dot_query_dot_v1_dot_query__service__pb2.GetReadModelStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

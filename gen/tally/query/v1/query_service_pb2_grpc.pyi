@@ -50,6 +50,10 @@ class QueryServiceStub:
     """
     GetVote: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.GetVoteRequest, _query_service_pb2.GetVoteResponse]
     """GetVote returns a voter's receipt. Fails with VOTE_NOT_FOUND."""
+    GetReadModelStatus: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.GetReadModelStatusRequest, _query_service_pb2.GetReadModelStatusResponse]
+    """GetReadModelStatus tells an operator how far the read models are behind the event log, and what holds them up. It
+    answers whatever is down: what nobody knows at the moment is absent, and never 0.
+    """
 
 @_typing.type_check_only
 class QueryServiceAsyncStub(QueryServiceStub):
@@ -73,6 +77,10 @@ class QueryServiceAsyncStub(QueryServiceStub):
     """
     GetVote: _aio.UnaryUnaryMultiCallable[_query_service_pb2.GetVoteRequest, _query_service_pb2.GetVoteResponse]  # type: ignore[assignment]
     """GetVote returns a voter's receipt. Fails with VOTE_NOT_FOUND."""
+    GetReadModelStatus: _aio.UnaryUnaryMultiCallable[_query_service_pb2.GetReadModelStatusRequest, _query_service_pb2.GetReadModelStatusResponse]  # type: ignore[assignment]
+    """GetReadModelStatus tells an operator how far the read models are behind the event log, and what holds them up. It
+    answers whatever is down: what nobody knows at the moment is absent, and never 0.
+    """
 
 class QueryServiceServicer(metaclass=_abc_1.ABCMeta):
     """QueryService reads and never writes. It answers from read models that follow the write side, usually within
@@ -123,5 +131,15 @@ class QueryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_query_service_pb2.GetVoteResponse, _abc.Awaitable[_query_service_pb2.GetVoteResponse]]:
         """GetVote returns a voter's receipt. Fails with VOTE_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def GetReadModelStatus(
+        self,
+        request: _query_service_pb2.GetReadModelStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_query_service_pb2.GetReadModelStatusResponse, _abc.Awaitable[_query_service_pb2.GetReadModelStatusResponse]]:
+        """GetReadModelStatus tells an operator how far the read models are behind the event log, and what holds them up. It
+        answers whatever is down: what nobody knows at the moment is absent, and never 0.
+        """
 
 def add_QueryServiceServicer_to_server(servicer: QueryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
