@@ -13,7 +13,7 @@ from tally.query.v1 import query_service_pb2
 # What callers rely on, from the contract; more may be added, nothing may be renamed.
 FIELDS = {
     "tally.poll.v1.PollSpec": "title description options method max_choices opens_at closes_at allow_vote_change"
-    " eligibility",
+    " eligibility results_visibility",
     "tally.poll.v1.PollOption": "option_id label",
     "tally.poll.v1.VoteReceipt": "poll_id receipt_id version recorded_at",
     "tally.command.v1.CreatePollRequest": "request_id poll",
@@ -50,14 +50,22 @@ FIELDS = {
     "tally.query.v1.GetVoteRequest": "poll_id voter_id at_least_as_fresh",
     "tally.query.v1.GetVoteResponse": "receipt",
     "tally.query.v1.ReadModelStatus": "version events_behind seconds_behind last_error",
+    "tally.query.v1.BatchGetResultsRequest": "poll_ids",
+    "tally.query.v1.BatchGetResultsResponse": "results missing_poll_ids hidden_poll_ids",
+    "tally.query.v1.ListVoterVotesRequest": "voter_id page_size page_token at_least_as_fresh",
+    "tally.query.v1.ListVoterVotesResponse": "votes next_page_token",
+    "tally.query.v1.VoterVote": "receipt poll_title poll_state outcome",
+    "tally.query.v1.GetTurnoutRequest": "poll_id bucket start_time end_time at_least_as_fresh",
+    "tally.query.v1.GetTurnoutResponse": "poll_id version as_of bucket buckets total_votes eligible_voters",
 }
 RPCS = {
     command_service_pb2: "CreatePoll UpdatePoll OpenPoll ClosePoll CancelPoll CertifyPoll RegisterVoters"
     " CastVote CastVotes",
-    query_service_pb2: "GetPoll ListPolls GetResults WatchResults GetVote GetReadModelStatus",
+    query_service_pb2: "GetPoll ListPolls GetResults BatchGetResults WatchResults GetVote ListVoterVotes GetTurnout"
+    " GetReadModelStatus",
 }
 REASONS = """INVALID_REQUEST UNKNOWN_OPTION TOO_MANY_CHOICES POLL_NOT_FOUND VOTE_NOT_FOUND POLL_NOT_OPEN POLL_NOT_DRAFT
-POLL_NOT_CLOSED VOTER_NOT_ELIGIBLE ALREADY_VOTED OVERLOADED STORE_UNAVAILABLE READ_MODEL_BEHIND"""
+POLL_NOT_CLOSED RESULTS_HIDDEN VOTER_NOT_ELIGIBLE ALREADY_VOTED OVERLOADED STORE_UNAVAILABLE READ_MODEL_BEHIND"""
 
 
 def test_the_names_that_callers_rely_on_are_there() -> None:

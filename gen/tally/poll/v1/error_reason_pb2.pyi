@@ -66,6 +66,10 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     """ERROR_REASON_POLL_NOT_CLOSED: the poll is not CLOSED; FAILED_PRECONDITION. Example: CertifyPoll on an open poll."""
     ERROR_REASON_VOTER_NOT_ELIGIBLE: _ErrorReason.ValueType  # 14
     """ERROR_REASON_VOTER_NOT_ELIGIBLE: the voter is not on the poll's electoral roll; PERMISSION_DENIED."""
+    ERROR_REASON_RESULTS_HIDDEN: _ErrorReason.ValueType  # 15
+    """ERROR_REASON_RESULTS_HIDDEN: the poll shows its results AFTER_CLOSE and is not closed; FAILED_PRECONDITION. Example:
+    GetResults on such a poll while it is open.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason says why a call failed. The name without its prefix is the `reason` of the `google.rpc.ErrorInfo`
@@ -116,3 +120,7 @@ ERROR_REASON_POLL_NOT_CLOSED: ErrorReason.ValueType  # 13
 """ERROR_REASON_POLL_NOT_CLOSED: the poll is not CLOSED; FAILED_PRECONDITION. Example: CertifyPoll on an open poll."""
 ERROR_REASON_VOTER_NOT_ELIGIBLE: ErrorReason.ValueType  # 14
 """ERROR_REASON_VOTER_NOT_ELIGIBLE: the voter is not on the poll's electoral roll; PERMISSION_DENIED."""
+ERROR_REASON_RESULTS_HIDDEN: ErrorReason.ValueType  # 15
+"""ERROR_REASON_RESULTS_HIDDEN: the poll shows its results AFTER_CLOSE and is not closed; FAILED_PRECONDITION. Example:
+GetResults on such a poll while it is open.
+"""

@@ -26,7 +26,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tally/poll/v1/poll.proto\x12\rtally.poll.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x92\x06\n\x08PollSpec\x12\x1d\n\x05title\x18\x01 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\xc8\x01\xba\x01\x01\x00\x12!\n\x0b\x64\x65scription\x18\x02 \x01(\tB\x0c\xbaH\tr\x07\x18\x88\'\xba\x01\x01\x00\x12\xa6\x01\n\x07options\x18\x03 \x03(\x0b\x32\x19.tally.poll.v1.PollOptionBz\xbaHw\x92\x01\x05\x08\x02\x10\xe8\x07\xba\x01l\n\x18poll_spec.options.unique\x12#each option_id may appear only once\x1a+this.map(option, option.option_id).unique()\x12\x37\n\x06method\x18\x04 \x01(\x0e\x32\x1b.tally.poll.v1.VotingMethodB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x1d\n\x0bmax_choices\x18\x05 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07\x12,\n\x08opens_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tcloses_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x11\x61llow_vote_change\x18\x08 \x01(\x08\x12\x39\n\x0b\x65ligibility\x18\t \x01(\x0e\x32\x1a.tally.poll.v1.EligibilityB\x08\xbaH\x05\x82\x01\x02\x10\x01:\x8f\x02\xbaH\x8b\x02\x1a\x92\x01\n\x1fpoll_spec.closes_after_it_opens\x12 closes_at must be after opens_at\x1aM!has(this.opens_at) || !has(this.closes_at) || this.opens_at < this.closes_at\x1at\n#poll_spec.max_choices.approval_only\x12!max_choices is for APPROVAL polls\x1a*this.max_choices == 0u || this.method == 2\"M\n\nPollOption\x12 \n\toption_id\x18\x01 \x01(\tB\r\xbaH\nr\x08\x10\x01\x18\x64\xba\x01\x01\x00\x12\x1d\n\x05label\x18\x02 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\xc8\x01\xba\x01\x01\x00\"t\n\x0bVoteReceipt\x12\x0f\n\x07poll_id\x18\x01 \x01(\t\x12\x12\n\nreceipt_id\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12/\n\x0brecorded_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*V\n\x0b\x45ligibility\x12\x1b\n\x17\x45LIGIBILITY_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45LIGIBILITY_OPEN\x10\x01\x12\x14\n\x10\x45LIGIBILITY_ROLL\x10\x02*j\n\x0cVotingMethod\x12\x1d\n\x19VOTING_METHOD_UNSPECIFIED\x10\x00\x12\x1f\n\x1bVOTING_METHOD_SINGLE_CHOICE\x10\x01\x12\x1a\n\x16VOTING_METHOD_APPROVAL\x10\x02*\x9d\x01\n\tPollState\x12\x1a\n\x16POLL_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10POLL_STATE_DRAFT\x10\x01\x12\x13\n\x0fPOLL_STATE_OPEN\x10\x02\x12\x15\n\x11POLL_STATE_CLOSED\x10\x03\x12\x18\n\x14POLL_STATE_CERTIFIED\x10\x04\x12\x18\n\x14POLL_STATE_CANCELLED\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tally/poll/v1/poll.proto\x12\rtally.poll.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xda\x06\n\x08PollSpec\x12\x1d\n\x05title\x18\x01 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\xc8\x01\xba\x01\x01\x00\x12!\n\x0b\x64\x65scription\x18\x02 \x01(\tB\x0c\xbaH\tr\x07\x18\x88\'\xba\x01\x01\x00\x12\xa6\x01\n\x07options\x18\x03 \x03(\x0b\x32\x19.tally.poll.v1.PollOptionBz\xbaHw\x92\x01\x05\x08\x02\x10\xe8\x07\xba\x01l\n\x18poll_spec.options.unique\x12#each option_id may appear only once\x1a+this.map(option, option.option_id).unique()\x12\x37\n\x06method\x18\x04 \x01(\x0e\x32\x1b.tally.poll.v1.VotingMethodB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x1d\n\x0bmax_choices\x18\x05 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07\x12,\n\x08opens_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tcloses_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x11\x61llow_vote_change\x18\x08 \x01(\x08\x12\x39\n\x0b\x65ligibility\x18\t \x01(\x0e\x32\x1a.tally.poll.v1.EligibilityB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x46\n\x12results_visibility\x18\n \x01(\x0e\x32 .tally.poll.v1.ResultsVisibilityB\x08\xbaH\x05\x82\x01\x02\x10\x01:\x8f\x02\xbaH\x8b\x02\x1a\x92\x01\n\x1fpoll_spec.closes_after_it_opens\x12 closes_at must be after opens_at\x1aM!has(this.opens_at) || !has(this.closes_at) || this.opens_at < this.closes_at\x1at\n#poll_spec.max_choices.approval_only\x12!max_choices is for APPROVAL polls\x1a*this.max_choices == 0u || this.method == 2\"M\n\nPollOption\x12 \n\toption_id\x18\x01 \x01(\tB\r\xbaH\nr\x08\x10\x01\x18\x64\xba\x01\x01\x00\x12\x1d\n\x05label\x18\x02 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\xc8\x01\xba\x01\x01\x00\"t\n\x0bVoteReceipt\x12\x0f\n\x07poll_id\x18\x01 \x01(\t\x12\x12\n\nreceipt_id\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12/\n\x0brecorded_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*V\n\x0b\x45ligibility\x12\x1b\n\x17\x45LIGIBILITY_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45LIGIBILITY_OPEN\x10\x01\x12\x14\n\x10\x45LIGIBILITY_ROLL\x10\x02*x\n\x11ResultsVisibility\x12\"\n\x1eRESULTS_VISIBILITY_UNSPECIFIED\x10\x00\x12\x1b\n\x17RESULTS_VISIBILITY_LIVE\x10\x01\x12\"\n\x1eRESULTS_VISIBILITY_AFTER_CLOSE\x10\x02*j\n\x0cVotingMethod\x12\x1d\n\x19VOTING_METHOD_UNSPECIFIED\x10\x00\x12\x1f\n\x1bVOTING_METHOD_SINGLE_CHOICE\x10\x01\x12\x1a\n\x16VOTING_METHOD_APPROVAL\x10\x02*\x9d\x01\n\tPollState\x12\x1a\n\x16POLL_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10POLL_STATE_DRAFT\x10\x01\x12\x13\n\x0fPOLL_STATE_OPEN\x10\x02\x12\x15\n\x11POLL_STATE_CLOSED\x10\x03\x12\x18\n\x14POLL_STATE_CERTIFIED\x10\x04\x12\x18\n\x14POLL_STATE_CANCELLED\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,22 +45,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_POLLSPEC'].fields_by_name['max_choices']._serialized_options = b'\272H\005*\003\030\350\007'
   _globals['_POLLSPEC'].fields_by_name['eligibility']._loaded_options = None
   _globals['_POLLSPEC'].fields_by_name['eligibility']._serialized_options = b'\272H\005\202\001\002\020\001'
+  _globals['_POLLSPEC'].fields_by_name['results_visibility']._loaded_options = None
+  _globals['_POLLSPEC'].fields_by_name['results_visibility']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_POLLSPEC']._loaded_options = None
   _globals['_POLLSPEC']._serialized_options = b'\272H\213\002\032\222\001\n\037poll_spec.closes_after_it_opens\022 closes_at must be after opens_at\032M!has(this.opens_at) || !has(this.closes_at) || this.opens_at < this.closes_at\032t\n#poll_spec.max_choices.approval_only\022!max_choices is for APPROVAL polls\032*this.max_choices == 0u || this.method == 2'
   _globals['_POLLOPTION'].fields_by_name['option_id']._loaded_options = None
   _globals['_POLLOPTION'].fields_by_name['option_id']._serialized_options = b'\272H\nr\010\020\001\030d\272\001\001\000'
   _globals['_POLLOPTION'].fields_by_name['label']._loaded_options = None
   _globals['_POLLOPTION'].fields_by_name['label']._serialized_options = b'\272H\013r\t\020\001\030\310\001\272\001\001\000'
-  _globals['_ELIGIBILITY']._serialized_start=1091
-  _globals['_ELIGIBILITY']._serialized_end=1177
-  _globals['_VOTINGMETHOD']._serialized_start=1179
-  _globals['_VOTINGMETHOD']._serialized_end=1285
-  _globals['_POLLSTATE']._serialized_start=1288
-  _globals['_POLLSTATE']._serialized_end=1445
+  _globals['_ELIGIBILITY']._serialized_start=1163
+  _globals['_ELIGIBILITY']._serialized_end=1249
+  _globals['_RESULTSVISIBILITY']._serialized_start=1251
+  _globals['_RESULTSVISIBILITY']._serialized_end=1371
+  _globals['_VOTINGMETHOD']._serialized_start=1373
+  _globals['_VOTINGMETHOD']._serialized_end=1479
+  _globals['_POLLSTATE']._serialized_start=1482
+  _globals['_POLLSTATE']._serialized_end=1639
   _globals['_POLLSPEC']._serialized_start=106
-  _globals['_POLLSPEC']._serialized_end=892
-  _globals['_POLLOPTION']._serialized_start=894
-  _globals['_POLLOPTION']._serialized_end=971
-  _globals['_VOTERECEIPT']._serialized_start=973
-  _globals['_VOTERECEIPT']._serialized_end=1089
+  _globals['_POLLSPEC']._serialized_end=964
+  _globals['_POLLOPTION']._serialized_start=966
+  _globals['_POLLOPTION']._serialized_end=1043
+  _globals['_VOTERECEIPT']._serialized_start=1045
+  _globals['_VOTERECEIPT']._serialized_end=1161
 # @@protoc_insertion_point(module_scope)

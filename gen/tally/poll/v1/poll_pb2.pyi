@@ -43,6 +43,33 @@ ELIGIBILITY_OPEN: Eligibility.ValueType  # 1
 ELIGIBILITY_ROLL: Eligibility.ValueType  # 2
 """ELIGIBILITY_ROLL lets only voters of the poll's electoral roll vote (RegisterVoters), each with the roll's weight."""
 
+class _ResultsVisibility:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ResultsVisibilityEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ResultsVisibility.ValueType], builtins.type):
+    DESCRIPTOR: descriptor.EnumDescriptor
+    RESULTS_VISIBILITY_UNSPECIFIED: _ResultsVisibility.ValueType  # 0
+    """RESULTS_VISIBILITY_UNSPECIFIED means LIVE."""
+    RESULTS_VISIBILITY_LIVE: _ResultsVisibility.ValueType  # 1
+    """RESULTS_VISIBILITY_LIVE shows the counts as they grow."""
+    RESULTS_VISIBILITY_AFTER_CLOSE: _ResultsVisibility.ValueType  # 2
+    """RESULTS_VISIBILITY_AFTER_CLOSE shows the counts once the poll is CLOSED; until then whoever asks is told
+    RESULTS_HIDDEN. Those of a poll that is CANCELLED stay hidden: to cancel it must not be a way to look.
+    """
+
+class ResultsVisibility(_ResultsVisibility, metaclass=_ResultsVisibilityEnumTypeWrapper):
+    """ResultsVisibility is from when on the counts of a poll can be read. How many have voted can be read at any time."""
+
+RESULTS_VISIBILITY_UNSPECIFIED: ResultsVisibility.ValueType  # 0
+"""RESULTS_VISIBILITY_UNSPECIFIED means LIVE."""
+RESULTS_VISIBILITY_LIVE: ResultsVisibility.ValueType  # 1
+"""RESULTS_VISIBILITY_LIVE shows the counts as they grow."""
+RESULTS_VISIBILITY_AFTER_CLOSE: ResultsVisibility.ValueType  # 2
+"""RESULTS_VISIBILITY_AFTER_CLOSE shows the counts once the poll is CLOSED; until then whoever asks is told
+RESULTS_HIDDEN. Those of a poll that is CANCELLED stay hidden: to cancel it must not be a way to look.
+"""
+
 class _VotingMethod:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -118,6 +145,7 @@ class PollSpec(message.Message):
     CLOSES_AT_FIELD_NUMBER: builtins.int
     ALLOW_VOTE_CHANGE_FIELD_NUMBER: builtins.int
     ELIGIBILITY_FIELD_NUMBER: builtins.int
+    RESULTS_VISIBILITY_FIELD_NUMBER: builtins.int
     title: builtins.str
     """title is what voters are asked; 1 to 200 characters, none of them NUL."""
     description: builtins.str
@@ -130,6 +158,8 @@ class PollSpec(message.Message):
     """allow_vote_change lets a voter vote again with other choices: the last vote counts, the earlier one is superseded."""
     eligibility: Eligibility.ValueType
     """eligibility is who may vote. Unspecified is OPEN."""
+    results_visibility: ResultsVisibility.ValueType
+    """results_visibility is from when on the counts can be read. Unspecified is LIVE."""
     @builtins.property
     def options(self) -> containers.RepeatedCompositeFieldContainer[PollOption]:
         """options are what a voter can choose, in the order in which results list them; 2 to 1,000, each option_id once."""
@@ -156,10 +186,11 @@ class PollSpec(message.Message):
         closes_at: timestamp_pb2.Timestamp | None = ...,
         allow_vote_change: builtins.bool = ...,
         eligibility: Eligibility.ValueType = ...,
+        results_visibility: ResultsVisibility.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["closes_at", b"closes_at", "opens_at", b"opens_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["allow_vote_change", b"allow_vote_change", "closes_at", b"closes_at", "description", b"description", "eligibility", b"eligibility", "max_choices", b"max_choices", "method", b"method", "opens_at", b"opens_at", "options", b"options", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["allow_vote_change", b"allow_vote_change", "closes_at", b"closes_at", "description", b"description", "eligibility", b"eligibility", "max_choices", b"max_choices", "method", b"method", "opens_at", b"opens_at", "options", b"options", "results_visibility", b"results_visibility", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -143,6 +143,7 @@ class Poll(message.Message):
     CLOSES_AT_FIELD_NUMBER: builtins.int
     ALLOW_VOTE_CHANGE_FIELD_NUMBER: builtins.int
     ELIGIBILITY_FIELD_NUMBER: builtins.int
+    RESULTS_VISIBILITY_FIELD_NUMBER: builtins.int
     poll_id: builtins.str
     """poll_id names the poll; a UUID."""
     title: builtins.str
@@ -161,6 +162,8 @@ class Poll(message.Message):
     """allow_vote_change tells whether a voter may vote again with other choices."""
     eligibility: poll_pb2.Eligibility.ValueType
     """eligibility is who may vote."""
+    results_visibility: poll_pb2.ResultsVisibility.ValueType
+    """results_visibility is from when on the counts can be read."""
     @builtins.property
     def options(self) -> containers.RepeatedCompositeFieldContainer[poll_pb2.PollOption]:
         """options are what a voter can choose, in order."""
@@ -203,10 +206,11 @@ class Poll(message.Message):
         closes_at: timestamp_pb2.Timestamp | None = ...,
         allow_vote_change: builtins.bool = ...,
         eligibility: poll_pb2.Eligibility.ValueType = ...,
+        results_visibility: poll_pb2.ResultsVisibility.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["closed_at", b"closed_at", "closes_at", b"closes_at", "created_at", b"created_at", "opened_at", b"opened_at", "opens_at", b"opens_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["allow_vote_change", b"allow_vote_change", "closed_at", b"closed_at", "closes_at", b"closes_at", "created_at", b"created_at", "description", b"description", "eligibility", b"eligibility", "max_choices", b"max_choices", "method", b"method", "opened_at", b"opened_at", "opens_at", b"opens_at", "options", b"options", "poll_id", b"poll_id", "state", b"state", "title", b"title", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["allow_vote_change", b"allow_vote_change", "closed_at", b"closed_at", "closes_at", b"closes_at", "created_at", b"created_at", "description", b"description", "eligibility", b"eligibility", "max_choices", b"max_choices", "method", b"method", "opened_at", b"opened_at", "opens_at", b"opens_at", "options", b"options", "poll_id", b"poll_id", "results_visibility", b"results_visibility", "state", b"state", "title", b"title", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -307,6 +311,62 @@ class GetResultsResponse(message.Message):
     _HasFieldArgType: _TypeAlias = typing.Literal["results", b"results"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class BatchGetResultsRequest(message.Message):
+    """BatchGetResultsRequest asks for the counts of many polls."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    POLL_IDS_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def poll_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """poll_ids are the polls to count, 1 to 100; UUIDs."""
+
+    def __init__(
+        self,
+        *,
+        poll_ids: abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["poll_ids", b"poll_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class BatchGetResultsResponse(message.Message):
+    """BatchGetResultsResponse carries the counts of many polls. Each poll that was asked for is in one of the three lists."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: builtins.int
+    MISSING_POLL_IDS_FIELD_NUMBER: builtins.int
+    HIDDEN_POLL_IDS_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def results(self) -> containers.RepeatedCompositeFieldContainer[Results]:
+        """results are the counts, in the order of the request."""
+
+    @builtins.property
+    def missing_poll_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """missing_poll_ids are the polls that do not exist, or that the read model has not heard of yet."""
+
+    @builtins.property
+    def hidden_poll_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """hidden_poll_ids are the polls that show their results AFTER_CLOSE and are not closed."""
+
+    def __init__(
+        self,
+        *,
+        results: abc.Iterable[Results] | None = ...,
+        missing_poll_ids: abc.Iterable[builtins.str] | None = ...,
+        hidden_poll_ids: abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["hidden_poll_ids", b"hidden_poll_ids", "missing_poll_ids", b"missing_poll_ids", "results", b"results"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -763,5 +823,263 @@ class StreamStatus(message.Message):
     _HasFieldArgType: _TypeAlias = typing.Literal["created_at", b"created_at", "reported_at", b"reported_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["bytes", b"bytes", "consumers", b"consumers", "created_at", b"created_at", "first_sequence", b"first_sequence", "last_sequence", b"last_sequence", "messages", b"messages", "reported_at", b"reported_at"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListVoterVotesRequest(message.Message):
+    """ListVoterVotesRequest asks for a page of a voter's votes."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    VOTER_ID_FIELD_NUMBER: builtins.int
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    AT_LEAST_AS_FRESH_FIELD_NUMBER: builtins.int
+    voter_id: builtins.str
+    """voter_id says who voted, as given to CastVote; 1 to 256 characters."""
+    page_size: builtins.int
+    """page_size is the most votes to return, up to 1,000; 0 means 50."""
+    page_token: builtins.str
+    """page_token is next_page_token of the page before. Empty: the first page."""
+    at_least_as_fresh: builtins.str
+    """at_least_as_fresh is a consistency_token of any poll: the answer shows that command's effect. Empty: the newest state
+    at hand.
+    """
+    def __init__(
+        self,
+        *,
+        voter_id: builtins.str = ...,
+        page_size: builtins.int = ...,
+        page_token: builtins.str = ...,
+        at_least_as_fresh: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["at_least_as_fresh", b"at_least_as_fresh", "page_size", b"page_size", "page_token", b"page_token", "voter_id", b"voter_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListVoterVotesResponse(message.Message):
+    """ListVoterVotesResponse is a page of a voter's votes."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    VOTES_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """next_page_token asks for the next page; empty on the last."""
+    @builtins.property
+    def votes(self) -> containers.RepeatedCompositeFieldContainer[VoterVote]:
+        """votes are the votes, one for each poll, those in the newest polls first."""
+
+    def __init__(
+        self,
+        *,
+        votes: abc.Iterable[VoterVote] | None = ...,
+        next_page_token: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["next_page_token", b"next_page_token", "votes", b"votes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class VoterVote(message.Message):
+    """VoterVote is a voter's vote with what became of its poll. It does not say what was chosen."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: builtins.int
+    POLL_TITLE_FIELD_NUMBER: builtins.int
+    POLL_STATE_FIELD_NUMBER: builtins.int
+    OUTCOME_FIELD_NUMBER: builtins.int
+    poll_title: builtins.str
+    """poll_title is what voters were asked."""
+    poll_state: poll_pb2.PollState.ValueType
+    """poll_state is where the poll is in its life."""
+    @builtins.property
+    def receipt(self) -> poll_pb2.VoteReceipt:
+        """receipt is the one that CastVote returned, with the poll's id."""
+
+    @builtins.property
+    def outcome(self) -> Outcome:
+        """outcome is what the poll came to; absent unless the poll is CLOSED or CERTIFIED."""
+
+    def __init__(
+        self,
+        *,
+        receipt: poll_pb2.VoteReceipt | None = ...,
+        poll_title: builtins.str = ...,
+        poll_state: poll_pb2.PollState.ValueType = ...,
+        outcome: Outcome | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["outcome", b"outcome", "receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["outcome", b"outcome", "poll_state", b"poll_state", "poll_title", b"poll_title", "receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Outcome(message.Message):
+    """Outcome is what a closed poll came to."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    LEADERS_FIELD_NUMBER: builtins.int
+    TOTAL_VOTES_FIELD_NUMBER: builtins.int
+    CERTIFIED_FIELD_NUMBER: builtins.int
+    total_votes: builtins.int
+    """total_votes is the number of counted votes, one for each voter."""
+    certified: builtins.bool
+    """certified is true once a recount of the votes themselves agreed."""
+    @builtins.property
+    def leaders(self) -> containers.RepeatedCompositeFieldContainer[OptionCount]:
+        """leaders are the options with the most votes: one, or several that are equal, at most ten of them; none where nobody
+        voted.
+        """
+
+    def __init__(
+        self,
+        *,
+        leaders: abc.Iterable[OptionCount] | None = ...,
+        total_votes: builtins.int = ...,
+        certified: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["certified", b"certified", "leaders", b"leaders", "total_votes", b"total_votes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GetTurnoutRequest(message.Message):
+    """GetTurnoutRequest asks how many votes came when."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    POLL_ID_FIELD_NUMBER: builtins.int
+    BUCKET_FIELD_NUMBER: builtins.int
+    START_TIME_FIELD_NUMBER: builtins.int
+    END_TIME_FIELD_NUMBER: builtins.int
+    AT_LEAST_AS_FRESH_FIELD_NUMBER: builtins.int
+    poll_id: builtins.str
+    """poll_id is the poll; a UUID."""
+    at_least_as_fresh: builtins.str
+    """at_least_as_fresh is a consistency_token: the answer shows that command's effect. Empty: the newest state at hand."""
+    @builtins.property
+    def bucket(self) -> duration_pb2.Duration:
+        """bucket is the length of time that each number is for: whole multiples of 10 s, up to 366 days. Absent: one that makes
+        at most 100 buckets. More than 1,000 buckets are INVALID_REQUEST.
+        """
+
+    @builtins.property
+    def start_time(self) -> timestamp_pb2.Timestamp:
+        """start_time is in the first bucket; from 1970 on. Absent: when the poll was opened."""
+
+    @builtins.property
+    def end_time(self) -> timestamp_pb2.Timestamp:
+        """end_time is where the last bucket ends, or within it; before the year 9999. Absent: when the poll was closed or
+        cancelled, or before that as_of.
+        """
+
+    def __init__(
+        self,
+        *,
+        poll_id: builtins.str = ...,
+        bucket: duration_pb2.Duration | None = ...,
+        start_time: timestamp_pb2.Timestamp | None = ...,
+        end_time: timestamp_pb2.Timestamp | None = ...,
+        at_least_as_fresh: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["bucket", b"bucket", "end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["at_least_as_fresh", b"at_least_as_fresh", "bucket", b"bucket", "end_time", b"end_time", "poll_id", b"poll_id", "start_time", b"start_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GetTurnoutResponse(message.Message):
+    """GetTurnoutResponse says how many votes came when. A vote that takes the place of the voter's earlier one counts when
+    the first one came.
+    """
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    POLL_ID_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    AS_OF_FIELD_NUMBER: builtins.int
+    BUCKET_FIELD_NUMBER: builtins.int
+    BUCKETS_FIELD_NUMBER: builtins.int
+    TOTAL_VOTES_FIELD_NUMBER: builtins.int
+    ELIGIBLE_VOTERS_FIELD_NUMBER: builtins.int
+    poll_id: builtins.str
+    """poll_id names the poll; a UUID."""
+    version: builtins.int
+    """version is the poll's latest event that the numbers include."""
+    total_votes: builtins.int
+    """total_votes is the number of counted votes of the poll, one for each voter, at any time."""
+    eligible_voters: builtins.int
+    """eligible_voters is the number of voters on the electoral roll; 0 where eligibility is OPEN."""
+    @builtins.property
+    def as_of(self) -> timestamp_pb2.Timestamp:
+        """as_of is when that event was recorded, by the write database's clock. What came later is not known here yet."""
+
+    @builtins.property
+    def bucket(self) -> duration_pb2.Duration:
+        """bucket is the length of each bucket."""
+
+    @builtins.property
+    def buckets(self) -> containers.RepeatedCompositeFieldContainer[TurnoutBucket]:
+        """buckets are all buckets of the time range without a gap, also those in which nobody voted, the earliest first; empty
+        where the poll was not opened yet.
+        """
+
+    def __init__(
+        self,
+        *,
+        poll_id: builtins.str = ...,
+        version: builtins.int = ...,
+        as_of: timestamp_pb2.Timestamp | None = ...,
+        bucket: duration_pb2.Duration | None = ...,
+        buckets: abc.Iterable[TurnoutBucket] | None = ...,
+        total_votes: builtins.int = ...,
+        eligible_voters: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["as_of", b"as_of", "bucket", b"bucket"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["as_of", b"as_of", "bucket", b"bucket", "buckets", b"buckets", "eligible_voters", b"eligible_voters", "poll_id", b"poll_id", "total_votes", b"total_votes", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class TurnoutBucket(message.Message):
+    """TurnoutBucket is a length of time, and who voted in it."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    START_TIME_FIELD_NUMBER: builtins.int
+    VOTES_FIELD_NUMBER: builtins.int
+    CUMULATIVE_VOTES_FIELD_NUMBER: builtins.int
+    votes: builtins.int
+    """votes is how many voters voted in this time, for the first time in this poll."""
+    cumulative_votes: builtins.int
+    """cumulative_votes is how many had voted when it ended, with those before the time range."""
+    @builtins.property
+    def start_time(self) -> timestamp_pb2.Timestamp:
+        """start_time is when it begins: a whole number of buckets after the beginning of 1970, UTC."""
+
+    def __init__(
+        self,
+        *,
+        start_time: timestamp_pb2.Timestamp | None = ...,
+        votes: builtins.int = ...,
+        cumulative_votes: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cumulative_votes", b"cumulative_votes", "start_time", b"start_time", "votes", b"votes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

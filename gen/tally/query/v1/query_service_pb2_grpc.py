@@ -53,6 +53,11 @@ class QueryServiceStub:
                 request_serializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetResultsRequest.SerializeToString,
                 response_deserializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetResultsResponse.FromString,
                 _registered_method=True)
+        self.BatchGetResults = channel.unary_unary(
+                '/tally.query.v1.QueryService/BatchGetResults',
+                request_serializer=tally_dot_query_dot_v1_dot_query__service__pb2.BatchGetResultsRequest.SerializeToString,
+                response_deserializer=tally_dot_query_dot_v1_dot_query__service__pb2.BatchGetResultsResponse.FromString,
+                _registered_method=True)
         self.WatchResults = channel.unary_stream(
                 '/tally.query.v1.QueryService/WatchResults',
                 request_serializer=tally_dot_query_dot_v1_dot_query__service__pb2.WatchResultsRequest.SerializeToString,
@@ -67,6 +72,16 @@ class QueryServiceStub:
                 '/tally.query.v1.QueryService/GetReadModelStatus',
                 request_serializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetReadModelStatusRequest.SerializeToString,
                 response_deserializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetReadModelStatusResponse.FromString,
+                _registered_method=True)
+        self.ListVoterVotes = channel.unary_unary(
+                '/tally.query.v1.QueryService/ListVoterVotes',
+                request_serializer=tally_dot_query_dot_v1_dot_query__service__pb2.ListVoterVotesRequest.SerializeToString,
+                response_deserializer=tally_dot_query_dot_v1_dot_query__service__pb2.ListVoterVotesResponse.FromString,
+                _registered_method=True)
+        self.GetTurnout = channel.unary_unary(
+                '/tally.query.v1.QueryService/GetTurnout',
+                request_serializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetTurnoutRequest.SerializeToString,
+                response_deserializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetTurnoutResponse.FromString,
                 _registered_method=True)
 
 
@@ -92,7 +107,15 @@ class QueryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetResults(self, request, context):
-        """GetResults returns the current counts of a poll. Fails with POLL_NOT_FOUND.
+        """GetResults returns the current counts of a poll. Fails with POLL_NOT_FOUND, or with RESULTS_HIDDEN where the poll
+        shows them AFTER_CLOSE and is not closed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BatchGetResults(self, request, context):
+        """BatchGetResults returns the current counts of many polls. One that is not found or hidden fails none of the others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -101,7 +124,8 @@ class QueryServiceServicer:
     def WatchResults(self, request, context):
         """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow; for that to
         hold across streams too, give the last consistency_token as at_least_as_fresh when a stream is begun again. A slow
-        reader gets the newest state and never a backlog. Fails with POLL_NOT_FOUND.
+        reader gets the newest state and never a backlog. Fails with POLL_NOT_FOUND, and with RESULTS_HIDDEN where one of the
+        polls shows its results AFTER_CLOSE and is not closed: watch again with the token of ClosePoll, or after closes_at.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,6 +141,22 @@ class QueryServiceServicer:
     def GetReadModelStatus(self, request, context):
         """GetReadModelStatus tells an operator how far the read models are behind the event log, and what holds them up. It
         answers whatever is down: what nobody knows at the moment is absent, and never 0.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListVoterVotes(self, request, context):
+        """ListVoterVotes lists the votes of one voter, those in the newest polls first, a page at a time. It does not say what
+        was chosen. A voter who never voted has an empty list.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTurnout(self, request, context):
+        """GetTurnout returns how many votes came when, ready for a chart, also while the poll's results are hidden. Fails with
+        POLL_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,6 +180,11 @@ def add_QueryServiceServicer_to_server(servicer, server):
                     request_deserializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetResultsRequest.FromString,
                     response_serializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetResultsResponse.SerializeToString,
             ),
+            'BatchGetResults': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchGetResults,
+                    request_deserializer=tally_dot_query_dot_v1_dot_query__service__pb2.BatchGetResultsRequest.FromString,
+                    response_serializer=tally_dot_query_dot_v1_dot_query__service__pb2.BatchGetResultsResponse.SerializeToString,
+            ),
             'WatchResults': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchResults,
                     request_deserializer=tally_dot_query_dot_v1_dot_query__service__pb2.WatchResultsRequest.FromString,
@@ -154,6 +199,16 @@ def add_QueryServiceServicer_to_server(servicer, server):
                     servicer.GetReadModelStatus,
                     request_deserializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetReadModelStatusRequest.FromString,
                     response_serializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetReadModelStatusResponse.SerializeToString,
+            ),
+            'ListVoterVotes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVoterVotes,
+                    request_deserializer=tally_dot_query_dot_v1_dot_query__service__pb2.ListVoterVotesRequest.FromString,
+                    response_serializer=tally_dot_query_dot_v1_dot_query__service__pb2.ListVoterVotesResponse.SerializeToString,
+            ),
+            'GetTurnout': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTurnout,
+                    request_deserializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetTurnoutRequest.FromString,
+                    response_serializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetTurnoutResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -252,6 +307,33 @@ class QueryService:
             _registered_method=True)
 
     @staticmethod
+    def BatchGetResults(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tally.query.v1.QueryService/BatchGetResults',
+            tally_dot_query_dot_v1_dot_query__service__pb2.BatchGetResultsRequest.SerializeToString,
+            tally_dot_query_dot_v1_dot_query__service__pb2.BatchGetResultsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def WatchResults(request,
             target,
             options=(),
@@ -322,6 +404,60 @@ class QueryService:
             '/tally.query.v1.QueryService/GetReadModelStatus',
             tally_dot_query_dot_v1_dot_query__service__pb2.GetReadModelStatusRequest.SerializeToString,
             tally_dot_query_dot_v1_dot_query__service__pb2.GetReadModelStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListVoterVotes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tally.query.v1.QueryService/ListVoterVotes',
+            tally_dot_query_dot_v1_dot_query__service__pb2.ListVoterVotesRequest.SerializeToString,
+            tally_dot_query_dot_v1_dot_query__service__pb2.ListVoterVotesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTurnout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tally.query.v1.QueryService/GetTurnout',
+            tally_dot_query_dot_v1_dot_query__service__pb2.GetTurnoutRequest.SerializeToString,
+            tally_dot_query_dot_v1_dot_query__service__pb2.GetTurnoutResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,17 +42,30 @@ class QueryServiceStub:
     ListPolls: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.ListPollsRequest, _query_service_pb2.ListPollsResponse]
     """ListPolls lists polls, newest first, a page at a time."""
     GetResults: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.GetResultsRequest, _query_service_pb2.GetResultsResponse]
-    """GetResults returns the current counts of a poll. Fails with POLL_NOT_FOUND."""
+    """GetResults returns the current counts of a poll. Fails with POLL_NOT_FOUND, or with RESULTS_HIDDEN where the poll
+    shows them AFTER_CLOSE and is not closed.
+    """
+    BatchGetResults: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.BatchGetResultsRequest, _query_service_pb2.BatchGetResultsResponse]
+    """BatchGetResults returns the current counts of many polls. One that is not found or hidden fails none of the others."""
     WatchResults: _grpc.UnaryStreamMultiCallable[_query_service_pb2.WatchResultsRequest, _query_service_pb2.WatchResultsResponse]
     """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow; for that to
     hold across streams too, give the last consistency_token as at_least_as_fresh when a stream is begun again. A slow
-    reader gets the newest state and never a backlog. Fails with POLL_NOT_FOUND.
+    reader gets the newest state and never a backlog. Fails with POLL_NOT_FOUND, and with RESULTS_HIDDEN where one of the
+    polls shows its results AFTER_CLOSE and is not closed: watch again with the token of ClosePoll, or after closes_at.
     """
     GetVote: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.GetVoteRequest, _query_service_pb2.GetVoteResponse]
     """GetVote returns a voter's receipt. Fails with VOTE_NOT_FOUND."""
     GetReadModelStatus: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.GetReadModelStatusRequest, _query_service_pb2.GetReadModelStatusResponse]
     """GetReadModelStatus tells an operator how far the read models are behind the event log, and what holds them up. It
     answers whatever is down: what nobody knows at the moment is absent, and never 0.
+    """
+    ListVoterVotes: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.ListVoterVotesRequest, _query_service_pb2.ListVoterVotesResponse]
+    """ListVoterVotes lists the votes of one voter, those in the newest polls first, a page at a time. It does not say what
+    was chosen. A voter who never voted has an empty list.
+    """
+    GetTurnout: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.GetTurnoutRequest, _query_service_pb2.GetTurnoutResponse]
+    """GetTurnout returns how many votes came when, ready for a chart, also while the poll's results are hidden. Fails with
+    POLL_NOT_FOUND.
     """
 
 @_typing.type_check_only
@@ -69,17 +82,30 @@ class QueryServiceAsyncStub(QueryServiceStub):
     ListPolls: _aio.UnaryUnaryMultiCallable[_query_service_pb2.ListPollsRequest, _query_service_pb2.ListPollsResponse]  # type: ignore[assignment]
     """ListPolls lists polls, newest first, a page at a time."""
     GetResults: _aio.UnaryUnaryMultiCallable[_query_service_pb2.GetResultsRequest, _query_service_pb2.GetResultsResponse]  # type: ignore[assignment]
-    """GetResults returns the current counts of a poll. Fails with POLL_NOT_FOUND."""
+    """GetResults returns the current counts of a poll. Fails with POLL_NOT_FOUND, or with RESULTS_HIDDEN where the poll
+    shows them AFTER_CLOSE and is not closed.
+    """
+    BatchGetResults: _aio.UnaryUnaryMultiCallable[_query_service_pb2.BatchGetResultsRequest, _query_service_pb2.BatchGetResultsResponse]  # type: ignore[assignment]
+    """BatchGetResults returns the current counts of many polls. One that is not found or hidden fails none of the others."""
     WatchResults: _aio.UnaryStreamMultiCallable[_query_service_pb2.WatchResultsRequest, _query_service_pb2.WatchResultsResponse]  # type: ignore[assignment]
     """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow; for that to
     hold across streams too, give the last consistency_token as at_least_as_fresh when a stream is begun again. A slow
-    reader gets the newest state and never a backlog. Fails with POLL_NOT_FOUND.
+    reader gets the newest state and never a backlog. Fails with POLL_NOT_FOUND, and with RESULTS_HIDDEN where one of the
+    polls shows its results AFTER_CLOSE and is not closed: watch again with the token of ClosePoll, or after closes_at.
     """
     GetVote: _aio.UnaryUnaryMultiCallable[_query_service_pb2.GetVoteRequest, _query_service_pb2.GetVoteResponse]  # type: ignore[assignment]
     """GetVote returns a voter's receipt. Fails with VOTE_NOT_FOUND."""
     GetReadModelStatus: _aio.UnaryUnaryMultiCallable[_query_service_pb2.GetReadModelStatusRequest, _query_service_pb2.GetReadModelStatusResponse]  # type: ignore[assignment]
     """GetReadModelStatus tells an operator how far the read models are behind the event log, and what holds them up. It
     answers whatever is down: what nobody knows at the moment is absent, and never 0.
+    """
+    ListVoterVotes: _aio.UnaryUnaryMultiCallable[_query_service_pb2.ListVoterVotesRequest, _query_service_pb2.ListVoterVotesResponse]  # type: ignore[assignment]
+    """ListVoterVotes lists the votes of one voter, those in the newest polls first, a page at a time. It does not say what
+    was chosen. A voter who never voted has an empty list.
+    """
+    GetTurnout: _aio.UnaryUnaryMultiCallable[_query_service_pb2.GetTurnoutRequest, _query_service_pb2.GetTurnoutResponse]  # type: ignore[assignment]
+    """GetTurnout returns how many votes came when, ready for a chart, also while the poll's results are hidden. Fails with
+    POLL_NOT_FOUND.
     """
 
 class QueryServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -111,7 +137,17 @@ class QueryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _query_service_pb2.GetResultsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_query_service_pb2.GetResultsResponse, _abc.Awaitable[_query_service_pb2.GetResultsResponse]]:
-        """GetResults returns the current counts of a poll. Fails with POLL_NOT_FOUND."""
+        """GetResults returns the current counts of a poll. Fails with POLL_NOT_FOUND, or with RESULTS_HIDDEN where the poll
+        shows them AFTER_CLOSE and is not closed.
+        """
+
+    @_abc_1.abstractmethod
+    def BatchGetResults(
+        self,
+        request: _query_service_pb2.BatchGetResultsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_query_service_pb2.BatchGetResultsResponse, _abc.Awaitable[_query_service_pb2.BatchGetResultsResponse]]:
+        """BatchGetResults returns the current counts of many polls. One that is not found or hidden fails none of the others."""
 
     @_abc_1.abstractmethod
     def WatchResults(
@@ -121,7 +157,8 @@ class QueryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_query_service_pb2.WatchResultsResponse], _abc.AsyncIterator[_query_service_pb2.WatchResultsResponse]]:
         """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow; for that to
         hold across streams too, give the last consistency_token as at_least_as_fresh when a stream is begun again. A slow
-        reader gets the newest state and never a backlog. Fails with POLL_NOT_FOUND.
+        reader gets the newest state and never a backlog. Fails with POLL_NOT_FOUND, and with RESULTS_HIDDEN where one of the
+        polls shows its results AFTER_CLOSE and is not closed: watch again with the token of ClosePoll, or after closes_at.
         """
 
     @_abc_1.abstractmethod
@@ -140,6 +177,26 @@ class QueryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_query_service_pb2.GetReadModelStatusResponse, _abc.Awaitable[_query_service_pb2.GetReadModelStatusResponse]]:
         """GetReadModelStatus tells an operator how far the read models are behind the event log, and what holds them up. It
         answers whatever is down: what nobody knows at the moment is absent, and never 0.
+        """
+
+    @_abc_1.abstractmethod
+    def ListVoterVotes(
+        self,
+        request: _query_service_pb2.ListVoterVotesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_query_service_pb2.ListVoterVotesResponse, _abc.Awaitable[_query_service_pb2.ListVoterVotesResponse]]:
+        """ListVoterVotes lists the votes of one voter, those in the newest polls first, a page at a time. It does not say what
+        was chosen. A voter who never voted has an empty list.
+        """
+
+    @_abc_1.abstractmethod
+    def GetTurnout(
+        self,
+        request: _query_service_pb2.GetTurnoutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_query_service_pb2.GetTurnoutResponse, _abc.Awaitable[_query_service_pb2.GetTurnoutResponse]]:
+        """GetTurnout returns how many votes came when, ready for a chart, also while the poll's results are hidden. Fails with
+        POLL_NOT_FOUND.
         """
 
 def add_QueryServiceServicer_to_server(servicer: QueryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
