@@ -76,6 +76,15 @@ class QueryService(QueryServiceServicer):
         receipt.receipt_id = self._voters.receipt_id(poll_id, voter_key)
         return pb.GetVoteResponse(receipt=receipt)
 
+    async def BatchGetResults(self, request: pb.BatchGetResultsRequest, context: Context) -> pb.BatchGetResultsResponse:
+        raise NotImplementedError
+
+    async def ListVoterVotes(self, request: pb.ListVoterVotesRequest, context: Context) -> pb.ListVoterVotesResponse:
+        raise NotImplementedError
+
+    async def GetTurnout(self, request: pb.GetTurnoutRequest, context: Context) -> pb.GetTurnoutResponse:
+        raise NotImplementedError
+
     async def GetReadModelStatus(
         self, request: pb.GetReadModelStatusRequest, context: Context
     ) -> pb.GetReadModelStatusResponse:
