@@ -9,7 +9,6 @@ from tally.poll.v1.poll_pb2 import PollState, VotingMethod
 from tally.query.v1.query_service_pb2 import GetPollRequest, Results, WatchResultsRequest
 
 from clients.connection import Patience, QueryServer, is_transient
-from clients.failures import Failure
 
 # A poll in one of these states takes no more votes.
 ENDED = (PollState.POLL_STATE_CLOSED, PollState.POLL_STATE_CERTIFIED, PollState.POLL_STATE_CANCELLED)
@@ -29,10 +28,10 @@ async def watch(
     on_lost: Callable[[str], None] = lambda _: None,
     until: Callable[[Results], bool] = lambda results: results.state in ENDED,
 ) -> AsyncGenerator[Results, None]:
-    """Yields the current results, then newer ones, the last of them those `until` which; versions only grow.
+    """Yields the current results, then newer ones, up to those `until` which or the poll's last; versions only grow.
 
-    `min_interval`: seconds between two results at least. A lost connection is told to `on_lost` and retried for
-    `retry_for` seconds. Raises Failure. To be closed by its caller (contextlib.aclosing).
+    `min_interval`: seconds between two results at least. A lost connection is retried for `retry_for` seconds, and told
+    to `on_lost` unless the first attempt succeeds. Raises Refused. To be closed by its caller (contextlib.aclosing).
     """
     request = WatchResultsRequest(poll_ids=[poll_id], at_least_as_fresh=at_least_as_fresh)
     if min_interval is not None:
@@ -42,11 +41,12 @@ async def watch(
     patience = Patience(retry_for)
     version = 0
     while True:
+        answered = False
         call = queries.stub.WatchResults(request, timeout=_RENEWAL_SECONDS)
-        trouble = Failure("the query server ended the stream")
         try:
             async for response in call:
                 patience.renew()
+                answered = True
                 results = response.results
                 if results.version > version:
                     version = results.version
@@ -55,7 +55,7 @@ async def watch(
                     yield results
                     if until(results):
                         return
-            pause = patience.pause()
+            return
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and version:
                 continue
@@ -65,7 +65,9 @@ async def watch(
             call.cancel()
         if pause is None:
             raise trouble
-        on_lost(f"{trouble}; trying again")
+        # Servers end connections now and then, so that clients spread: no trouble if the next one is there at once.
+        if not answered:
+            on_lost(f"{trouble}; trying again")
         await asyncio.sleep(pause)
 
 

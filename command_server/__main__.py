@@ -1,7 +1,7 @@
 """`python -m command_server`: the write side as a process."""
 
-import argparse
 import asyncio
+import sys
 from collections.abc import Callable
 
 import structlog
@@ -39,10 +39,7 @@ class CommandSettings(ServerSettings):
 
 
 async def main(stop: asyncio.Event) -> None:
-    parser = argparse.ArgumentParser(prog="python -m command_server", description="The CommandService of Tally.")
-    parser.add_argument("--workers", type=int, help="processes that serve on one port (default: TALLY_WORKERS, or 1)")
-    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
-    settings = CommandSettings.from_environment(**given)
+    settings = workers.settings_from(sys.argv[1:], "command_server", CommandSettings)
     if settings.workers > 1:
         telemetry.start("command_server workers", settings, metrics=False)
         await workers.run("command_server", settings, "command_listen", stop)

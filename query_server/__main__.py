@@ -1,6 +1,7 @@
 """`python -m query_server`: the read side as a process."""
 
 import asyncio
+import sys
 from collections.abc import Callable
 
 from pydantic import Field
@@ -14,13 +15,13 @@ from query_server.live import LiveResults
 from query_server.service import QueryService
 from query_server.views import CONNECTIONS, Views
 from query_server.watchers import Watchers
-from runtime import lifecycle, postgres, serving, telemetry
-from runtime.settings import Settings
+from runtime import lifecycle, postgres, serving, telemetry, workers
+from runtime.settings import ServerSettings
 
 SERVICE = query_service_pb2.DESCRIPTOR.services_by_name["QueryService"].full_name
 
 
-class QuerySettings(Settings):
+class QuerySettings(ServerSettings):
     """What the query server reads from the environment."""
 
     query_listen: str = Field("127.0.0.1:50052", description="host:port of the QueryService.")
@@ -29,10 +30,17 @@ class QuerySettings(Settings):
     voter_secret: str = Field(
         min_length=32, max_length=64, description="Key of the voter hash: the same in all command and query servers."
     )
+    max_connection_age: float = Field(
+        600.0, gt=0, le=1_000_000, description="Seconds after which a connection is replaced, so that watchers spread."
+    )
 
 
 async def main(stop: asyncio.Event) -> None:
-    settings = QuerySettings.from_environment()
+    settings = workers.settings_from(sys.argv[1:], "query_server", QuerySettings)
+    if settings.workers > 1:
+        telemetry.start("query_server workers", settings, metrics=False)
+        await workers.run("query_server", settings, "query_listen", stop)
+        return
     telemetry.start("query_server", settings)
     await serve(settings, stop, lambda port: lifecycle.announce("serving", settings, port=port))
 
@@ -46,7 +54,7 @@ async def serve(settings: QuerySettings, stop: asyncio.Event, ready: Callable[[i
     watchers = Watchers(redis, results, views)
     service = QueryService(views, results, watchers, VoterKeys(settings.voter_secret))
 
-    server = serving.new_server()
+    server = serving.new_server(share_port=settings.worker, max_connection_age=settings.max_connection_age)
     serving.add_service(server, add_QueryServiceServicer_to_server, service, status_of)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(watchers.run(stop))

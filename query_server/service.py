@@ -47,7 +47,7 @@ class QueryService(QueryServiceServicer):
     ) -> bytes:
         poll_id = UUID(request.poll_id)
         fresh = wanted(request.at_least_as_fresh, [poll_id])
-        results = await self._live.find(poll_id)
+        results = self._watchers.current(poll_id) or await self._live.find(poll_id)
         if fresh and (results is None or version_of(results) < fresh[poll_id]):
             async with self._watchers.watch([poll_id], fresh, patience(context)) as watcher:
                 results = await watcher.next()
@@ -62,7 +62,7 @@ class QueryService(QueryServiceServicer):
         fresh = wanted(request.at_least_as_fresh, poll_ids)
         min_interval = request.min_interval.ToTimedelta().total_seconds()
         async with self._watchers.watch(poll_ids, fresh, patience(context), min_interval) as watcher:
-            while True:
+            while not watcher.done:
                 await _write(context, await watcher.next())
 
     async def GetVote(self, request: pb.GetVoteRequest, context: Context) -> pb.GetVoteResponse:

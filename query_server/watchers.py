@@ -19,12 +19,14 @@ from google.protobuf.message import DecodeError
 from prometheus_client import Counter, Gauge
 from redis.asyncio import Redis
 from tally.poll.v1.error_reason_pb2 import ErrorReason
+from tally.poll.v1.poll_pb2 import POLL_STATE_CANCELLED, POLL_STATE_CERTIFIED
+from tally.query.v1.query_service_pb2 import GetResultsResponse
 
 from contracts.failures import STORE_FAILURES
 from contracts.live import live_key
 from contracts.refusals import Refusal, poll_not_found
 from query_server.freshness import behind
-from query_server.live import FAILURES, LiveResults, version_of
+from query_server.live import FAILURES, LiveResults
 from query_server.subscriptions import Subscriptions
 from query_server.views import Views
 
@@ -32,6 +34,9 @@ log = structlog.get_logger()
 
 MAX_WATCHERS = 50_000
 MAX_TOPICS = 50_000
+
+# A poll in one of these states never changes again.
+_FINAL = (POLL_STATE_CERTIFIED, POLL_STATE_CANCELLED)
 
 # How often the read database is asked for a version that somebody waits for, in case Redis does not bring it; seconds.
 _TICK = 0.05
@@ -49,7 +54,7 @@ _broken = Counter("tally_query_broken_results", "Values in Redis that are not re
 class Topic:
     """A watched poll: its newest results, and who wants to hear of newer ones."""
 
-    __slots__ = ("absence", "channel", "live", "poll_id", "results", "version", "watchers")
+    __slots__ = ("absence", "channel", "final", "live", "poll_id", "results", "version", "watchers")
 
     def __init__(self, poll_id: UUID, channel: bytes) -> None:
         self.poll_id = poll_id
@@ -62,11 +67,13 @@ class Topic:
         self.watchers: set[Watcher] = set()
         # Redis had results after it had confirmed the subscription, and so tells of every change to them.
         self.live = False
+        # The poll has ended: nothing newer will come.
+        self.final = False
 
-    def offer(self, version: int, results: bytes) -> None:
+    def offer(self, version: int, results: bytes, *, final: bool = False) -> None:
         """Takes results over if they are newer: what arrives late or twice is dropped."""
         if version > self.version:
-            self.version, self.results, self.absence = version, results, None
+            self.version, self.results, self.absence, self.final = version, results, None, final
             for watcher in self.watchers:
                 watcher.notice(self)
 
@@ -105,6 +112,11 @@ class Watcher:
     def wake(self) -> None:
         """Something has happened to a topic or to the server."""
         self._awake.set()
+
+    @property
+    def done(self) -> bool:
+        """All polls have ended, and their last results were read."""
+        return not self._news and all(topic.final for topic in self.topics)
 
     def behind(self) -> list[Topic]:
         """The topics that have been read, but are not at the wanted version yet."""
@@ -187,6 +199,11 @@ class Watchers:
         finally:
             self._leave(watcher)
 
+    def current(self, poll_id: UUID) -> bytes | None:
+        """The results of a watched poll, as fresh as those in Redis, because Redis tells of every change; else None."""
+        topic = self._topics.get(live_key(poll_id).encode())
+        return topic.results if topic and topic.live else None
+
     async def run(self, stop: asyncio.Event) -> None:
         """Keeps the topics up to date until `stop`, then sends every watcher away."""
         async with asyncio.TaskGroup() as tasks:
@@ -246,7 +263,8 @@ class Watchers:
 
     def _offer(self, topic: Topic, results: bytes) -> bool:
         try:
-            topic.offer(version_of(results), results)
+            news = GetResultsResponse.FromString(results).results
+            topic.offer(news.version, results, final=news.state in _FINAL)
         except DecodeError:
             _broken.inc()
             log.error("redis has something else than results", poll_id=str(topic.poll_id))
@@ -288,7 +306,7 @@ class Watchers:
             failing = False
             for topic in topics:
                 if topic.poll_id in newer:
-                    topic.offer(*newer[topic.poll_id])
+                    self._offer(topic, newer[topic.poll_id][1])
                 else:
                     topic.lack(ErrorReason.ERROR_REASON_POLL_NOT_FOUND)
 

@@ -102,10 +102,19 @@ async def serve(
         await server.stop(_DRAIN_SECONDS)
 
 
-def new_server(*, share_port: bool = False) -> grpc.aio.Server:
+def new_server(*, share_port: bool = False, max_connection_age: float | None = None) -> grpc.aio.Server:
     """A server with our limits, without services yet. `share_port` lets several processes serve on one port; two that
-    did so by accident would each get half of the calls."""
-    return grpc.aio.server(options=[*_OPTIONS, ("grpc.so_reuseport", int(share_port))])
+    did so by accident would each get half of the calls.
+
+    After `max_connection_age` seconds, a tenth more or less by chance, a client is told to make its next calls on a new
+    connection, which may reach another process. Calls under way have a tenth of that time to end, then they get
+    UNAVAILABLE.
+    """
+    options = [*_OPTIONS, ("grpc.so_reuseport", int(share_port))]
+    if max_connection_age is not None:
+        options.append(("grpc.max_connection_age_ms", int(max_connection_age * 1000)))
+        options.append(("grpc.max_connection_age_grace_ms", int(max_connection_age * 100)))
+    return grpc.aio.server(options=options)
 
 
 class _Wrapping:

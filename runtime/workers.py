@@ -3,6 +3,7 @@
 The parent only starts and replaces them. It never makes a gRPC object itself, because gRPC does not survive a fork.
 """
 
+import argparse
 import asyncio
 import os
 import signal
@@ -12,6 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import structlog
 
@@ -21,8 +23,18 @@ from runtime.supervisor import leashed
 
 log = structlog.get_logger()
 
+Chosen = TypeVar("Chosen", bound=ServerSettings)
+
 _STOP_SECONDS = 8.0
 _LOOK_SECONDS = 0.05
+
+
+def settings_from(arguments: Sequence[str], module: str, settings: type[Chosen]) -> Chosen:
+    """The settings of `python -m module`, whose `--workers` goes before TALLY_WORKERS. Exits where one is wrong."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}")
+    parser.add_argument("--workers", type=int, help="processes that serve on one port (default: TALLY_WORKERS, or 1)")
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    return settings.from_environment(**given)
 
 
 async def run(module: str, settings: ServerSettings, listen_setting: str, stop: asyncio.Event) -> None:

@@ -9,8 +9,9 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID, uuid4
@@ -25,13 +26,17 @@ from tally.poll.v1.poll_pb2 import PollState
 from tally.query.v1 import query_service_pb2 as pb
 from tally.query.v1.query_service_pb2_grpc import QueryServiceStub
 
+from clients.connection import Address, QueryServer
+from clients.watchers import watch as watch_results
 from contracts.freshness import token
 from contracts.live import live_key
 from contracts.voters import VoterKeys
-from query_server import freshness, service, watchers
+from query_server import freshness, watchers
+from query_server import service as query_service
 from query_server.__main__ import QuerySettings
 from query_server.__main__ import serve as serve_queries
-from runtime.embedded import Stores
+from runtime.embedded import Stores, free_port
+from tests.processes import service
 from tests.proxy import Proxy, proxy
 from tests.servers import VOTER_SECRET, Refused, refused, serving
 
@@ -77,11 +82,9 @@ class ReadModels:
             version,
         )
 
-    async def publish(
-        self, poll_id: UUID, version: int, *, state: PollState.ValueType = PollState.POLL_STATE_OPEN
-    ) -> bytes:
+    async def publish(self, poll_id: UUID, version: int, **fields: Any) -> bytes:
         """Moves a poll in Redis on, and tells the subscribers."""
-        results = live_results(poll_id, version, state=state)
+        results = live_results(poll_id, version, **fields)
         async with self.live.pipeline(transaction=True) as pipeline:
             pipeline.hset(live_key(poll_id), mapping={"version": version, "results": results})
             pipeline.publish(live_key(poll_id), results)
@@ -100,14 +103,26 @@ class ReadModels:
 
 
 def live_results(
-    poll_id: UUID, version: int, *, state: PollState.ValueType = PollState.POLL_STATE_OPEN, options: int = 2
+    poll_id: UUID,
+    version: int,
+    *,
+    state: PollState.ValueType = PollState.POLL_STATE_OPEN,
+    options: int = 2,
+    certification: pb.Certification | None = None,
 ) -> bytes:
     counts = [
         pb.OptionCount(option_id=f"option-{number}", label=f"Option {number}", count=0 if number else version - 1)
         for number in range(options)
     ]
     results = pb.Results(
-        poll_id=str(poll_id), state=state, version=version, counts=counts, total_votes=version - 1, source=LIVE
+        poll_id=str(poll_id),
+        state=state,
+        version=version,
+        counts=counts,
+        total_votes=version - 1,
+        source=LIVE,
+        consistency_token=token(poll_id, version),
+        certification=certification,
     )
     return pb.GetResultsResponse(results=results).SerializeToString()
 
@@ -122,10 +137,9 @@ async def models(read_dsn: str, redis_url: str) -> AsyncIterator[ReadModels]:
 
 
 @asynccontextmanager
-async def query_channel(read_dsn: str, redis_url: str) -> AsyncIterator[grpc.aio.Channel]:
-    settings = QuerySettings(
-        query_listen="127.0.0.1:0", read_dsn=read_dsn, redis_url=redis_url, voter_secret=VOTER_SECRET
-    )
+async def query_channel(read_dsn: str, redis_url: str, **fields: Any) -> AsyncIterator[grpc.aio.Channel]:
+    fields = {"query_listen": "127.0.0.1:0", **fields}
+    settings = QuerySettings(read_dsn=read_dsn, redis_url=redis_url, voter_secret=VOTER_SECRET, **fields)
     async with serving(lambda stop, ready: serve_queries(settings, stop, ready)) as channel:
         yield channel
 
@@ -201,6 +215,12 @@ class Watch:
                 versions.append((await self.next()).version)
         assert versions == sorted(set(versions)), "the versions of a poll must grow"
         return versions
+
+    async def ended(self) -> None:
+        """The stream must end with OK, and send nothing before."""
+        async with asyncio.timeout(5):
+            assert await self.call.read() is grpc.aio.EOF
+            assert await self.call.code() is grpc.StatusCode.OK
 
     async def refused(self) -> Refused:
         """What the stream tells the caller that it ends with; it must not send anything before."""
@@ -573,6 +593,28 @@ async def test_fresh_results_come_from_the_read_database_where_redis_stays_behin
     assert (results.source, results.version) == (STORED, 3)
 
 
+async def test_results_of_a_watched_poll_need_no_store(network: Network, models: ReadModels) -> None:
+    poll_id = await models.poll()
+    await models.publish(poll_id, 2)
+    watch = Watch(network.stub, poll_id)
+    assert (await watch.next()).version == 2
+    # What Redis has now it has told nobody.
+    await models.live.hset(live_key(poll_id), "results", live_results(poll_id, 9))
+    assert (await get_results(network.stub, poll_id, token(poll_id, 2))).version == 2
+    published = await models.publish(poll_id, 3)
+    assert (await watch.next()).version == 3
+    assert await get_results(network.stub, poll_id) == pb.GetResultsResponse.FromString(published).results
+    reading = asyncio.ensure_future(get_results(network.stub, poll_id, token(poll_id, 4)))
+    assert not (await asyncio.wait([reading], timeout=0.1))[0]
+    await models.publish(poll_id, 4)
+    assert (await reading).version == 4
+    # Without its subscription the server's memory is worth no more than any other last state.
+    await models.store(poll_id, 5)
+    await network.to_redis.cut()
+    await until(lambda: REGISTRY.get_sample_value("tally_query_redis_subscribed") == 0)
+    assert (await get_results(network.stub, poll_id)).version == 5
+
+
 async def test_fresh_results_need_no_redis(network: Network, models: ReadModels) -> None:
     poll_id = await models.poll(version=2)
     await network.to_redis.cut()
@@ -716,7 +758,7 @@ async def test_a_slow_reader_gets_the_newest_and_no_backlog(server: QueryService
 async def test_a_stuck_reader_is_sent_away(
     server: QueryServiceAsyncStub, models: ReadModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "STUCK", 0.2)
+    monkeypatch.setattr(query_service, "STUCK", 0.2)
     poll_id = await models.poll()
     watch = Watch(server, poll_id)
     await watch.next()
@@ -811,6 +853,69 @@ async def test_a_watcher_outlives_both_stores(network: Network, models: ReadMode
     assert (await watch.next()).version == 3
 
 
+async def test_a_stream_ends_once_its_polls_have_ended(server: QueryServiceAsyncStub, models: ReadModels) -> None:
+    certified, cancelled = await models.poll(), await models.poll()
+    watch, other = Watch(server, certified, cancelled), Watch(server, certified)
+    for stream, polls in ((watch, 2), (other, 1)):
+        for _ in range(polls):
+            assert (await stream.next()).version == 1
+    await models.publish(cancelled, 2, state=PollState.POLL_STATE_CANCELLED)
+    # A recount that does not agree leaves the poll as it was: there will be another one.
+    disagreement = pb.Certification(agreed=False)
+    await models.publish(certified, 2, state=PollState.POLL_STATE_CLOSED, certification=disagreement)
+    assert {(await watch.next()).version for _ in range(2)} == {2}
+    assert (await other.next()).certification == disagreement
+    await models.publish(certified, 3, state=PollState.POLL_STATE_CERTIFIED)
+    for stream in (watch, other):
+        assert (await stream.next()).state == PollState.POLL_STATE_CERTIFIED
+        await stream.ended()
+    # Who comes afterwards is told how it ended.
+    late = Watch(server, cancelled)
+    assert (await late.next()).state == PollState.POLL_STATE_CANCELLED
+    await late.ended()
+
+
+async def test_a_stream_from_the_read_database_ends_as_well(network: Network, models: ReadModels) -> None:
+    poll_id = await models.poll(version=5, state="CERTIFIED")
+    await network.to_redis.cut()
+    watch = Watch(network.stub, poll_id)
+    assert (await watch.next()).source == STORED
+    await watch.ended()
+
+
+async def test_a_watcher_does_not_notice_that_its_connection_is_replaced(
+    read_dsn: str, redis_url: str, models: ReadModels
+) -> None:
+    poll_id = await models.poll()
+    lost: list[str] = []
+    seen: list[int] = []
+
+    address = f"127.0.0.1:{free_port()}"
+
+    async def watch() -> None:
+        async with QueryServer(Address(address)) as queries:
+            async for results in watch_results(queries, str(poll_id), on_lost=lost.append):
+                seen.append(results.version)
+
+    settings = {"query_listen": address, "max_connection_age": 0.4}
+    async with query_channel(read_dsn, redis_url, **settings) as channel, asyncio.TaskGroup() as tasks:
+        watching = tasks.create_task(watch())
+        stream = Watch(QueryServiceStub(channel), poll_id)
+        assert (await stream.next()).version == 1
+        # A stream that is not renewed is ended so that its caller asks again, and the next one is served.
+        assert (await stream.refused()).code == grpc.StatusCode.UNAVAILABLE
+        assert (await Watch(QueryServiceStub(channel), poll_id).next()).version == 1
+        for version in range(2, 40):
+            await models.publish(poll_id, version)
+            await asyncio.sleep(0.02)
+        await models.publish(poll_id, 40, state=PollState.POLL_STATE_CLOSED)
+        async with asyncio.timeout(5):
+            await watching
+    assert lost == []
+    assert seen == sorted(set(seen))
+    assert seen[-1] == 40
+
+
 async def test_cancelled_watchers_leave_nothing_behind(server: QueryServiceAsyncStub, models: ReadModels) -> None:
     poll_ids = [await models.poll() for _ in range(10)]
     await until(lambda: is_free(models))
@@ -858,6 +963,29 @@ async def test_too_many_watchers_are_refused(
 
 
 # --- the process
+
+
+async def test_workers_share_a_port(read_dsn: str, redis_url: str, models: ReadModels, tmp_path: Path) -> None:
+    poll_id = await models.poll()
+    await models.publish(poll_id, 2)
+    address = f"127.0.0.1:{free_port()}"
+    settings = {"query_listen": address, "read_dsn": read_dsn, "redis_url": redis_url, "voter_secret": VOTER_SECRET}
+    async with service(tmp_path, "query_server", workers="2", **settings), AsyncExitStack() as channels:
+        # A channel has one connection, so several are needed to reach both workers.
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        watches = [
+            Watch(
+                QueryServiceStub(await channels.enter_async_context(grpc.aio.insecure_channel(address, options))),
+                poll_id,
+            )
+            for _ in range(20)
+        ]
+        assert {(await watch.next()).version for watch in watches} == {2}
+        # Each process has a subscription of its own, and each watcher hears of each change.
+        [(_, subscribers)] = await models.live.pubsub_numsub(live_key(poll_id))
+        assert subscribers == 2
+        await models.publish(poll_id, 3)
+        assert {(await watch.next()).version for watch in watches} == {3}
 
 
 @asynccontextmanager

@@ -50,8 +50,10 @@ class QueryServiceStub:
     WatchResults: _grpc.UnaryStreamMultiCallable[_query_service_pb2.WatchResultsRequest, _query_service_pb2.WatchResultsResponse]
     """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow; for that to
     hold across streams too, give the last consistency_token as at_least_as_fresh when a stream is begun again. A slow
-    reader gets the newest state and never a backlog. Fails with POLL_NOT_FOUND, and with RESULTS_HIDDEN where one of the
-    polls shows its results AFTER_CLOSE and is not closed: watch again with the token of ClosePoll, or after closes_at.
+    reader gets the newest state and never a backlog. The stream ends with OK once each poll is CERTIFIED or CANCELLED
+    and its last results were sent; after UNAVAILABLE, also that of a connection that has served its time, watch again.
+    Fails with POLL_NOT_FOUND, and with RESULTS_HIDDEN where one of the polls shows its results AFTER_CLOSE and is not
+    closed: watch again with the token of ClosePoll, or after closes_at.
     """
     GetVote: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.GetVoteRequest, _query_service_pb2.GetVoteResponse]
     """GetVote returns a voter's receipt. Fails with VOTE_NOT_FOUND."""
@@ -90,8 +92,10 @@ class QueryServiceAsyncStub(QueryServiceStub):
     WatchResults: _aio.UnaryStreamMultiCallable[_query_service_pb2.WatchResultsRequest, _query_service_pb2.WatchResultsResponse]  # type: ignore[assignment]
     """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow; for that to
     hold across streams too, give the last consistency_token as at_least_as_fresh when a stream is begun again. A slow
-    reader gets the newest state and never a backlog. Fails with POLL_NOT_FOUND, and with RESULTS_HIDDEN where one of the
-    polls shows its results AFTER_CLOSE and is not closed: watch again with the token of ClosePoll, or after closes_at.
+    reader gets the newest state and never a backlog. The stream ends with OK once each poll is CERTIFIED or CANCELLED
+    and its last results were sent; after UNAVAILABLE, also that of a connection that has served its time, watch again.
+    Fails with POLL_NOT_FOUND, and with RESULTS_HIDDEN where one of the polls shows its results AFTER_CLOSE and is not
+    closed: watch again with the token of ClosePoll, or after closes_at.
     """
     GetVote: _aio.UnaryUnaryMultiCallable[_query_service_pb2.GetVoteRequest, _query_service_pb2.GetVoteResponse]  # type: ignore[assignment]
     """GetVote returns a voter's receipt. Fails with VOTE_NOT_FOUND."""
@@ -157,8 +161,10 @@ class QueryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_query_service_pb2.WatchResultsResponse], _abc.AsyncIterator[_query_service_pb2.WatchResultsResponse]]:
         """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow; for that to
         hold across streams too, give the last consistency_token as at_least_as_fresh when a stream is begun again. A slow
-        reader gets the newest state and never a backlog. Fails with POLL_NOT_FOUND, and with RESULTS_HIDDEN where one of the
-        polls shows its results AFTER_CLOSE and is not closed: watch again with the token of ClosePoll, or after closes_at.
+        reader gets the newest state and never a backlog. The stream ends with OK once each poll is CERTIFIED or CANCELLED
+        and its last results were sent; after UNAVAILABLE, also that of a connection that has served its time, watch again.
+        Fails with POLL_NOT_FOUND, and with RESULTS_HIDDEN where one of the polls shows its results AFTER_CLOSE and is not
+        closed: watch again with the token of ClosePoll, or after closes_at.
         """
 
     @_abc_1.abstractmethod
