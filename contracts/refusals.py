@@ -77,6 +77,12 @@ def invalid_request(fields: Mapping[str, str]) -> Refusal:
     return Refusal(ErrorReason.ERROR_REASON_INVALID_REQUEST, message, fields)
 
 
+def results_hidden(poll_id: object) -> Refusal:
+    """The poll shows its results AFTER_CLOSE, and is not closed."""
+    message = f"poll {poll_id} shows its results only after it has been closed; GetTurnout tells how many have voted"
+    return Refusal(ErrorReason.ERROR_REASON_RESULTS_HIDDEN, message)
+
+
 def poll_not_found(poll_id: object) -> Refusal:
     """There is no such poll, or a read model has not heard of it yet."""
     return Refusal(ErrorReason.ERROR_REASON_POLL_NOT_FOUND, f"there is no poll {poll_id}")

@@ -11,7 +11,9 @@ from tally.poll.v1.poll_pb2 import (
     POLL_STATE_CLOSED,
     POLL_STATE_DRAFT,
     POLL_STATE_OPEN,
+    RESULTS_VISIBILITY_AFTER_CLOSE,
     PollOption,
+    PollSpec,
     PollState,
 )
 from tally.query.v1.query_service_pb2 import Certification, OptionCount
@@ -34,6 +36,8 @@ class Tally(NamedTuple):
     eligible_voters: int = 0
     # The outcome of the final recount.
     certification: Certification | None = None
+    # Nobody may read the counts: the poll shows them after it is closed. It stays so where the poll is cancelled.
+    hidden: bool = False
 
 
 # In which states each change can happen.
@@ -103,8 +107,7 @@ def fold(tally: Tally | None, event: Event) -> Tally:
     if tally is None:
         if change != "poll_created" or event.version != 1:
             raise Unfoldable(f"version {event.version} is {change}: not the beginning of a poll")
-        options = tuple(event.poll_created.poll.options)
-        return Tally(1, POLL_STATE_DRAFT, options, (0,) * len(options), event.recorded_at)
+        return _planned(Tally(1, POLL_STATE_DRAFT, (), (), event.recorded_at), event.poll_created.poll)
     if event.version != tally.version + 1:
         raise Unfoldable(f"version {event.version} cannot follow version {tally.version}")
     if change is None:
@@ -115,8 +118,9 @@ def fold(tally: Tally | None, event: Event) -> Tally:
     tally = tally._replace(version=event.version, as_of=event.recorded_at, state=state)
     match change:
         case "poll_updated":
-            options = tuple(event.poll_updated.poll.options)
-            tally = tally._replace(options=options, counts=(0,) * len(options))
+            tally = _planned(tally, event.poll_updated.poll)
+        case "poll_closed":
+            tally = tally._replace(hidden=False)
         case "voters_registered":
             tally = tally._replace(eligible_voters=tally.eligible_voters + event.voters_registered.voters)
         case "votes_cast":
@@ -127,6 +131,12 @@ def fold(tally: Tally | None, event: Event) -> Tally:
             recount = event.certification_failed.recount
             tally = tally._replace(certification=_certification(tally, recount, agreed=False))
     return tally
+
+
+def _planned(tally: Tally, spec: PollSpec) -> Tally:
+    """A draft as it was planned last."""
+    hidden = spec.results_visibility == RESULTS_VISIBILITY_AFTER_CLOSE
+    return tally._replace(options=tuple(spec.options), counts=(0,) * len(spec.options), hidden=hidden)
 
 
 def _counted(tally: Tally, votes: VotesCast) -> Tally:

@@ -15,7 +15,7 @@ from tally.poll.v1.poll_pb2 import PollOption
 from tally.query.v1.query_service_pb2 import RESULTS_SOURCE_LIVE_CACHE, GetResultsResponse, OptionCount, Results
 
 from contracts.freshness import token
-from contracts.live import POSITION_KEY, live_key
+from contracts.live import POSITION_KEY, hidden_results, live_key
 from projector.fold import Tally
 from projector.projection import Change, Displaced
 from projector.stream import Position
@@ -55,16 +55,20 @@ class Live:
     async def load(self, poll_ids: Sequence[str]) -> dict[str, Tally]:
         async with self._redis.pipeline(transaction=False) as pipeline:
             for poll_id in poll_ids:
-                pipeline.hget(live_key(poll_id), "results")
+                pipeline.hmget(live_key(poll_id), "results", "counted")
             async with asyncio.timeout(_SECONDS):
                 values = await pipeline.execute()
-        return {poll_id: _tally(value) for poll_id, value in zip(poll_ids, values, strict=True) if value}
+        found = zip(poll_ids, values, strict=True)
+        return {poll_id: _tally(results, counted) for poll_id, (results, counted) in found if results}
 
     async def store(self, changes: Sequence[Change], old: Position | None, new: Position) -> None:
         keys = [POSITION_KEY, *(live_key(change.poll_id) for change in changes)]
         arguments: list[str | bytes | int] = [_text(old), _text(new)]
         for change in changes:
-            arguments += [change.before, change.tally.version, _results(change.poll_id, change.tally)]
+            results, counted = _results(change.poll_id, change.tally), b""
+            if change.tally.hidden:
+                results, counted = hidden_results(change.tally.version), results
+            arguments += [change.before, change.tally.version, results, counted]
         async with asyncio.timeout(_SECONDS):
             unexpected = await self._store(keys=keys, args=arguments)
         if unexpected:
@@ -90,8 +94,8 @@ def _results(poll_id: str, tally: Tally) -> bytes:
     return GetResultsResponse(results=results).SerializeToString()
 
 
-def _tally(value: bytes) -> Tally:
-    results = GetResultsResponse.FromString(value).results
+def _tally(shown: bytes, counted: bytes | None) -> Tally:
+    results = GetResultsResponse.FromString(counted or shown).results
     return Tally(
         version=results.version,
         state=results.state,
@@ -101,6 +105,7 @@ def _tally(value: bytes) -> Tally:
         total_votes=results.total_votes,
         eligible_voters=results.eligible_voters,
         certification=results.certification if results.HasField("certification") else None,
+        hidden=bool(counted),
     )
 
 

@@ -8,21 +8,22 @@ INSERT INTO stream_position (stream_sequence, stored_at) VALUES ($1, $2) ON CONF
 UPDATE stream_position SET stream_sequence = $3, stored_at = $4 WHERE stream_sequence = $1 AND stored_at = $2
 
 -- tallies: what counting goes on from
-SELECT poll_id, version, state, option_ids, option_labels, counts, total_votes, as_of, eligible_voters, certification
+SELECT poll_id, version, state, option_ids, option_labels, counts, total_votes, as_of, eligible_voters, certification,
+    hidden
 FROM polls WHERE poll_id = ANY ($1::uuid[])
 
 -- insert_poll: a poll that is new here; update_spec completes it
 INSERT INTO polls (
     poll_id, version, state, method, title, description, option_ids, option_labels, counts, total_votes, as_of,
-    created_at, opened_at, closed_at, eligible_voters, certification
-) VALUES ($1, $2, $3, '', '', '', $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
+    created_at, opened_at, closed_at, eligible_voters, certification, hidden, outcome
+) VALUES ($1, $2, $3, '', '', '', $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
 ON CONFLICT DO NOTHING
 RETURNING poll_id, poll_no
 
 -- update_spec: what a poll is
 UPDATE polls SET
     title = $2, description = $3, method = $4, option_ids = $5, option_labels = $6, max_choices = $7, opens_at = $8,
-    closes_at = $9, allow_vote_change = $10, eligibility = $11,
+    closes_at = $9, allow_vote_change = $10, eligibility = $11, results_visibility = $12,
     -- A draft has no votes; its options may be others now.
     counts = CASE
         WHEN cardinality(counts) = cardinality($5::text[]) THEN counts
@@ -40,12 +41,15 @@ UPDATE polls SET
     opened_at = coalesce(new.opened_at, polls.opened_at),
     closed_at = coalesce(new.closed_at, polls.closed_at),
     eligible_voters = new.eligible_voters,
-    certification = new.certification
+    certification = new.certification,
+    hidden = new.hidden,
+    outcome = new.outcome
 FROM unnest(
     $1::uuid[], $2::bigint[], $3::bigint[], $4::text[], $5::text[], $6::bigint[],
-    $7::timestamptz[], $8::timestamptz[], $9::timestamptz[], $10::bigint[], $11::bytea[]
+    $7::timestamptz[], $8::timestamptz[], $9::timestamptz[], $10::bigint[], $11::bytea[], $12::boolean[], $13::bytea[]
 ) AS new (
-    poll_id, before, version, state, counts, total_votes, as_of, opened_at, closed_at, eligible_voters, certification
+    poll_id, before, version, state, counts, total_votes, as_of, opened_at, closed_at, eligible_voters, certification,
+    hidden, outcome
 )
 WHERE polls.poll_id = new.poll_id AND polls.version = new.before
 RETURNING polls.poll_id, polls.poll_no
@@ -53,3 +57,9 @@ RETURNING polls.poll_id, polls.poll_no
 -- replace_votes: the votes of an event, each in the place of the voter's earlier one
 INSERT INTO votes (version, recorded_at, poll_no, voter_key) SELECT $1, $2, $3, unnest($4::uuid[])
 ON CONFLICT (voter_key, poll_no) DO UPDATE SET version = excluded.version, recorded_at = excluded.recorded_at
+
+-- add_turnout: voters who voted for the first time, by poll and time
+INSERT INTO turnout (poll_no, start_time, votes)
+SELECT poll_no, start_time, votes
+FROM unnest($1::integer[], $2::timestamptz[], $3::bigint[]) AS new (poll_no, start_time, votes)
+ON CONFLICT (poll_no, start_time) DO UPDATE SET votes = turnout.votes + excluded.votes

@@ -1,5 +1,6 @@
-"""The views in the read database: a row for each poll, a row for each counted vote."""
+"""The views in the read database: a row for each poll, for each counted vote, and for each 10 s with votes."""
 
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -10,9 +11,20 @@ from uuid import UUID
 import asyncpg
 from google.protobuf.timestamp_pb2 import Timestamp
 from tally.event.v1.event_pb2 import Event
-from tally.poll.v1.poll_pb2 import ELIGIBILITY_ROLL, PollOption, PollSpec, PollState, VotingMethod
-from tally.query.v1.query_service_pb2 import Certification
+from tally.poll.v1.poll_pb2 import (
+    ELIGIBILITY_ROLL,
+    POLL_STATE_CERTIFIED,
+    POLL_STATE_CLOSED,
+    RESULTS_VISIBILITY_AFTER_CLOSE,
+    PollOption,
+    PollSpec,
+    PollState,
+    VotingMethod,
+)
+from tally.query.v1.query_service_pb2 import Certification, OptionCount, Outcome
 
+from contracts.counting import added_votes
+from contracts.views import TURNOUT_GRAIN
 from contracts.voters import KEY_BYTES
 from projector.fold import Tally
 from projector.projection import Change, Displaced
@@ -46,6 +58,8 @@ _VOTE_TAIL = Struct(">iq iq ii")
 _KEY = Struct(f"{KEY_BYTES}s")
 # Postgres counts time from 2000.
 _EPOCH_SECONDS = 946_684_800
+# Of options that are equal at the top, so many are named.
+_MAX_LEADERS = 10
 
 
 class Views:
@@ -94,6 +108,8 @@ class Views:
             for poll_no, event in events:
                 if event.votes_cast.replaced:
                     await self._replace_votes(poll_no, event)
+            if turnout := _turnout(events):
+                await self._connection.execute(sql.add_turnout, *zip(*turnout, strict=True))
             if old is None:
                 moved = await self._connection.execute(sql.begin, *new)
             else:
@@ -137,6 +153,8 @@ def _inserted(change: Change) -> tuple[object, ...]:
         _when(change.events, "poll_closed", "poll_cancelled"),
         tally.eligible_voters,
         _certification(tally),
+        tally.hidden,
+        _outcome(tally),
     )
 
 
@@ -154,6 +172,8 @@ def _updated(change: Change) -> tuple[object, ...]:
         _when(change.events, "poll_closed", "poll_cancelled"),
         tally.eligible_voters,
         _certification(tally),
+        tally.hidden,
+        _outcome(tally),
     )
 
 
@@ -179,7 +199,21 @@ def _spec(poll_id: str, spec: PollSpec) -> tuple[object, ...]:
         _moment(spec.closes_at) if spec.HasField("closes_at") else None,
         spec.allow_vote_change,
         "ROLL" if spec.eligibility == ELIGIBILITY_ROLL else "OPEN",
+        "AFTER_CLOSE" if spec.results_visibility == RESULTS_VISIBILITY_AFTER_CLOSE else "LIVE",
     )
+
+
+def _turnout(events: Sequence[tuple[int, Event]]) -> list[tuple[int, datetime, int]]:
+    """How many voted for the first time, by poll and time; in the order of the key."""
+    votes = Counter[tuple[int, int]]()
+    for poll_no, event in events:
+        if event.HasField("votes_cast"):
+            votes[poll_no, event.recorded_at.seconds // TURNOUT_GRAIN] += added_votes(event.votes_cast)
+    return [
+        (poll_no, datetime.fromtimestamp(number * TURNOUT_GRAIN, UTC), count)
+        for (poll_no, number), count in sorted(votes.items())
+        if count
+    ]
 
 
 def _votes(poll_no: int, event: Event) -> list[bytes]:
@@ -208,6 +242,7 @@ def _tally(row: asyncpg.Record) -> Tally:
         total_votes=row["total_votes"],
         eligible_voters=row["eligible_voters"],
         certification=Certification.FromString(row["certification"]) if row["certification"] else None,
+        hidden=row["hidden"],
     )
 
 
@@ -217,6 +252,21 @@ def _state(tally: Tally) -> str:
 
 def _certification(tally: Tally) -> bytes | None:
     return tally.certification.SerializeToString() if tally.certification else None
+
+
+def _outcome(tally: Tally) -> bytes | None:
+    if tally.state not in (POLL_STATE_CLOSED, POLL_STATE_CERTIFIED):
+        return None
+    most = max(tally.counts)
+    leaders = [
+        OptionCount(option_id=option.option_id, label=option.label, count=count)
+        for option, count in zip(tally.options, tally.counts, strict=True)
+        if count == most > 0
+    ]
+    certified = tally.state == POLL_STATE_CERTIFIED
+    return Outcome(
+        leaders=leaders[:_MAX_LEADERS], total_votes=tally.total_votes, certified=certified
+    ).SerializeToString()
 
 
 def _when(events: Sequence[Event], *changes: str) -> datetime | None:

@@ -3,10 +3,12 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from struct import error as StructError  # noqa: N812
 from typing import Any
 from uuid import UUID
 
 import structlog
+from google.protobuf.message import DecodeError
 from prometheus_client import Counter
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -15,7 +17,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from tally.query.v1.query_service_pb2 import GetResultsResponse
 
-from contracts.live import live_key
+from contracts.live import are_hidden, hidden_version, live_key
 from query_server.views import Views
 
 log = structlog.get_logger()
@@ -50,7 +52,12 @@ def connect(redis_url: str) -> Redis:
 
 
 def version_of(results: bytes) -> int:
-    """The version in a serialized GetResultsResponse. Raises DecodeError."""
+    """The version in a serialized GetResultsResponse, or in what stands for hidden ones. Raises DecodeError."""
+    if are_hidden(results):
+        try:
+            return hidden_version(results)
+        except StructError:
+            raise DecodeError("neither results nor hidden ones") from None
     return GetResultsResponse.FromString(results).results.version
 
 

@@ -1,23 +1,23 @@
 -- poll: a poll as readers see it, without its counts
 SELECT poll_id, title, description, option_ids, option_labels, method, state, version, created_at, opened_at, closed_at,
-    max_choices, opens_at, closes_at, allow_vote_change, eligibility
+    max_choices, opens_at, closes_at, allow_vote_change, eligibility, results_visibility
 FROM polls WHERE poll_id = $1
 
 -- polls_page: polls older than a place in the list, newest first
 SELECT poll_id, title, description, option_ids, option_labels, method, state, version, created_at, opened_at, closed_at,
-    max_choices, opens_at, closes_at, allow_vote_change, eligibility
+    max_choices, opens_at, closes_at, allow_vote_change, eligibility, results_visibility
 FROM polls WHERE (created_at, poll_id) < ($1, $2)
 ORDER BY created_at DESC, poll_id DESC LIMIT $3
 
 -- polls_page_in_state: the same, of the polls in one state
 SELECT poll_id, title, description, option_ids, option_labels, method, state, version, created_at, opened_at, closed_at,
-    max_choices, opens_at, closes_at, allow_vote_change, eligibility
+    max_choices, opens_at, closes_at, allow_vote_change, eligibility, results_visibility
 FROM polls WHERE (created_at, poll_id) < ($1, $2) AND state = $4
 ORDER BY created_at DESC, poll_id DESC LIMIT $3
 
 -- newer_results: the counts of those polls that have a version above the one already known
 SELECT poll_id, state, polls.version, option_ids, option_labels, counts, total_votes, as_of,
-    eligible_voters, certification
+    eligible_voters, certification, hidden
 FROM unnest($1::uuid[], $2::bigint[]) AS known (poll_id, version)
 JOIN polls USING (poll_id) WHERE polls.version > known.version
 

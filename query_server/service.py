@@ -9,7 +9,8 @@ from tally.poll.v1.error_reason_pb2 import ErrorReason
 from tally.query.v1 import query_service_pb2 as pb
 from tally.query.v1.query_service_pb2_grpc import QueryServiceServicer
 
-from contracts.refusals import Refusal, poll_not_found
+from contracts.live import are_hidden
+from contracts.refusals import Refusal, poll_not_found, results_hidden
 from contracts.voters import VoterKeys
 from query_server.freshness import caught_up, patience, wanted
 from query_server.live import LiveResults, version_of
@@ -53,6 +54,8 @@ class QueryService(QueryServiceServicer):
                 results = await watcher.next()
         if results is None:
             raise poll_not_found(poll_id)
+        if are_hidden(results):
+            raise results_hidden(poll_id)
         return results
 
     async def WatchResults(  # type: ignore[override]  # it writes to its context

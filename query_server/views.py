@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import asyncpg
-from tally.poll.v1.poll_pb2 import Eligibility, PollOption, PollState, VoteReceipt, VotingMethod
+from tally.poll.v1.poll_pb2 import Eligibility, PollOption, PollState, ResultsVisibility, VoteReceipt, VotingMethod
 from tally.query.v1.query_service_pb2 import (
     Certification,
     GetResultsResponse,
@@ -23,6 +23,7 @@ from tally.query.v1.query_service_pb2 import (
 )
 
 from contracts.freshness import token
+from contracts.live import hidden_results
 from contracts.refusals import invalid_request
 from runtime.postgres import queries
 
@@ -67,9 +68,10 @@ class Views:
         return version, VoteReceipt(poll_id=str(poll_id), version=vote_version, recorded_at=recorded_at)
 
     async def newer_results(self, known: Mapping[UUID, int]) -> dict[UUID, tuple[int, bytes]]:
-        """The polls that have a later version than the known one: version and serialized GetResultsResponse."""
+        """The polls that have a later version than the known one: version and serialized GetResultsResponse, or what
+        stands for hidden results."""
         rows = await self._fetch(sql.newer_results, list(known), list(known.values()))
-        return {row["poll_id"]: (row["version"], _results(row).SerializeToString()) for row in rows}
+        return {row["poll_id"]: (row["version"], _results(row)) for row in rows}
 
     async def polls(self, state: PollState.ValueType, page_size: int, page_token: str) -> ListPollsResponse:
         """A page of polls, newest first. Raises INVALID_REQUEST for a token that no page with this state returned."""
@@ -156,10 +158,13 @@ def _poll(row: Any) -> Poll:
         closes_at=row["closes_at"],
         allow_vote_change=row["allow_vote_change"],
         eligibility=Eligibility.Value(f"ELIGIBILITY_{row['eligibility']}"),
+        results_visibility=ResultsVisibility.Value(f"RESULTS_VISIBILITY_{row['results_visibility']}"),
     )
 
 
-def _results(row: Any) -> GetResultsResponse:
+def _results(row: Any) -> bytes:
+    if row["hidden"]:
+        return hidden_results(row["version"])
     counts = zip(row["option_ids"], row["option_labels"], row["counts"], strict=True)
     return GetResultsResponse(
         results=Results(
@@ -174,7 +179,7 @@ def _results(row: Any) -> GetResultsResponse:
             certification=Certification.FromString(row["certification"]) if row["certification"] else None,
             consistency_token=token(row["poll_id"], row["version"]),
         )
-    )
+    ).SerializeToString()
 
 
 def _state(row: Any) -> PollState.ValueType:

@@ -23,8 +23,8 @@ from tally.poll.v1.poll_pb2 import POLL_STATE_CANCELLED, POLL_STATE_CERTIFIED
 from tally.query.v1.query_service_pb2 import GetResultsResponse
 
 from contracts.failures import STORE_FAILURES
-from contracts.live import live_key
-from contracts.refusals import Refusal, poll_not_found
+from contracts.live import are_hidden, live_key
+from contracts.refusals import Refusal, poll_not_found, results_hidden
 from query_server.freshness import behind
 from query_server.live import FAILURES, LiveResults
 from query_server.subscriptions import Subscriptions
@@ -60,7 +60,7 @@ class Topic:
         self.poll_id = poll_id
         self.channel = channel
         self.version = 0
-        # A serialized GetResultsResponse.
+        # A serialized GetResultsResponse, or what stands for hidden results.
         self.results = b""
         # Why there are no results: POLL_NOT_FOUND, STORE_UNAVAILABLE, or None for not yet known.
         self.absence: ErrorReason.ValueType | None = None
@@ -136,10 +136,15 @@ class Watcher:
             if topic.version or topic.absence == ErrorReason.ERROR_REASON_POLL_NOT_FOUND:
                 raise behind(topic.version, self.wanted[topic.poll_id]) from None
             raise _absence(topic) from None
+        for topic in self.topics:
+            _check_shown(topic)
         self._news = dict.fromkeys(self.topics)
 
     async def next(self) -> bytes:
-        """The newest results of the topic with the oldest news, as a serialized WatchResultsResponse."""
+        """The newest results of the topic with the oldest news, as a serialized WatchResultsResponse.
+
+        Raises RESULTS_HIDDEN for a draft that was changed to hide them.
+        """
         loop = asyncio.get_running_loop()
         while True:
             now = loop.time()
@@ -148,6 +153,7 @@ class Watcher:
                     del self._news[topic]
                     if self._min_interval:
                         self._not_before[topic] = now + self._min_interval
+                    _check_shown(topic)
                     return topic.results
             await self._something(min((self._not_before[topic] - now for topic in self._news), default=None))
 
@@ -186,7 +192,8 @@ class Watchers:
         """A watcher of these polls, once each has results, and those in `wanted` at least of that version.
 
         Waits for that up to `patience` seconds. Raises POLL_NOT_FOUND for a poll that is not in `wanted`,
-        READ_MODEL_BEHIND for one that is, STORE_UNAVAILABLE, and OVERLOADED where there are too many watchers.
+        READ_MODEL_BEHIND for one that is, RESULTS_HIDDEN for one whose results are hidden at that version,
+        STORE_UNAVAILABLE, and OVERLOADED where there are too many watchers.
         """
         if len(self._watchers) >= MAX_WATCHERS or len(self._topics) >= MAX_TOPICS:
             raise Refusal(ErrorReason.ERROR_REASON_OVERLOADED, "this server has as many watchers as it can serve")
@@ -342,6 +349,11 @@ class _Pile:
             # Those that nobody watches any more are no work.
             if watched := [topic for topic in batch if topic.watchers]:
                 return watched
+
+
+def _check_shown(topic: Topic) -> None:
+    if are_hidden(topic.results):
+        raise results_hidden(topic.poll_id)
 
 
 def _absence(topic: Topic) -> Refusal:
