@@ -81,6 +81,18 @@ class LiveResults:
             _, results = stored.get(poll_id, (0, None))
         return results
 
+    async def find_all(self, poll_ids: Sequence[UUID]) -> dict[UUID, bytes]:
+        """The newest results at hand of those polls that exist; STORE_FAILURES where a store is needed and away."""
+        try:
+            found = await self.counters(poll_ids)
+        except FAILURES:
+            found = {}
+        if missing := [poll_id for poll_id in poll_ids if poll_id not in found]:
+            _fallbacks.inc(len(missing))
+            stored = await self._views.newer_results(dict.fromkeys(missing, 0))
+            found |= {poll_id: results for poll_id, (_, results) in stored.items()}
+        return found
+
     async def counters(self, poll_ids: Sequence[UUID]) -> dict[UUID, bytes]:
         """The results that Redis has, in one round trip. Raises one of FAILURES."""
 

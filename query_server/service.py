@@ -10,11 +10,11 @@ from tally.query.v1 import query_service_pb2 as pb
 from tally.query.v1.query_service_pb2_grpc import QueryServiceServicer
 
 from contracts.live import are_hidden
-from contracts.refusals import Refusal, poll_not_found, results_hidden
+from contracts.refusals import Refusal, invalid_request, poll_not_found, results_hidden
 from contracts.voters import VoterKeys
 from query_server.freshness import caught_up, patience, wanted
 from query_server.live import LiveResults, version_of
-from query_server.views import Views
+from query_server.views import MAX_ANSWER_BYTES, Views
 from query_server.watchers import Watchers
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -79,8 +79,22 @@ class QueryService(QueryServiceServicer):
         receipt.receipt_id = self._voters.receipt_id(poll_id, voter_key)
         return pb.GetVoteResponse(receipt=receipt)
 
-    async def BatchGetResults(self, request: pb.BatchGetResultsRequest, context: Context) -> pb.BatchGetResultsResponse:
-        raise NotImplementedError
+    async def BatchGetResults(  # type: ignore[override]  # the bytes that the projector made
+        self, request: pb.BatchGetResultsRequest, context: Context
+    ) -> bytes:
+        poll_ids = list(dict.fromkeys(UUID(poll_id) for poll_id in request.poll_ids))
+        found = await self._live.find_all(poll_ids)
+        hidden = [poll_id for poll_id in poll_ids if poll_id in found and are_hidden(found[poll_id])]
+        others = pb.BatchGetResultsResponse(
+            missing_poll_ids=[str(poll_id) for poll_id in poll_ids if poll_id not in found],
+            hidden_poll_ids=map(str, hidden),
+        )
+        # A GetResultsResponse has the same bytes as this response with one poll; repeated fields add up.
+        shown = [found[poll_id] for poll_id in poll_ids if poll_id in found and poll_id not in hidden]
+        answer = b"".join([*shown, others.SerializeToString()])
+        if len(answer) > MAX_ANSWER_BYTES:
+            raise invalid_request({"poll_ids": "have more options together than one answer can hold; ask for fewer"})
+        return answer
 
     async def ListVoterVotes(self, request: pb.ListVoterVotesRequest, context: Context) -> pb.ListVoterVotesResponse:
         raise NotImplementedError

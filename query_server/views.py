@@ -36,8 +36,8 @@ _PATIENCE = 4.0
 # How long a server may take to stop a statement that nobody waits for any more, before its connection is cut; seconds.
 _CANCELLING = 0.5
 _DEFAULT_PAGE_SIZE = 50
-# gRPC clients refuse an answer above 4 MiB unless told otherwise; a page ends before that.
-_PAGE_BYTES = 3 << 20
+# gRPC clients refuse an answer above 4 MiB unless told otherwise; ours end before that.
+MAX_ANSWER_BYTES = 3 << 20
 # Rows that are fetched at once: pages can be long, and a poll with all its options large.
 _PREFETCH = 50
 
@@ -85,7 +85,7 @@ class Views:
             async for row in connection.cursor(query, *arguments, prefetch=_PREFETCH):
                 poll = _poll(row)
                 size += poll.ByteSize()
-                if len(page.polls) == limit or (page.polls and size > _PAGE_BYTES):
+                if len(page.polls) == limit or (page.polls and size > MAX_ANSWER_BYTES):
                     page.next_page_token = _page_token(page.polls[-1], state)
                     break
                 page.polls.append(poll)

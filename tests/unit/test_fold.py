@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import random
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import uuid4
 
 import pytest
-from tally.event.v1.event_pb2 import Event, PollClosed, PollCreated, PollOpened, VotesCast
-from tally.poll.v1.poll_pb2 import POLL_STATE_CLOSED, POLL_STATE_DRAFT, POLL_STATE_OPEN, PollOption, PollSpec
+from tally.event.v1.event_pb2 import Event, PollCancelled, PollClosed, PollCreated, PollOpened, PollUpdated, VotesCast
+from tally.poll.v1.poll_pb2 import (
+    POLL_STATE_CLOSED,
+    POLL_STATE_DRAFT,
+    POLL_STATE_OPEN,
+    RESULTS_VISIBILITY_AFTER_CLOSE,
+    PollOption,
+    PollSpec,
+)
 
 from projector.fold import Tally, Unfoldable, advance, fold
 
@@ -17,7 +25,7 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 CREATED = PollCreated(poll=PollSpec(options=[PollOption(option_id="yes"), PollOption(option_id="no")]))
 
 
-def event(version: int, **change: PollCreated | PollOpened | PollClosed | VotesCast) -> Event:
+def event(version: int, **change: Any) -> Event:
     moment = START + timedelta(seconds=version)
     return Event(poll_id=POLL_ID, version=version, recorded_at=moment, **change)  # type: ignore[arg-type]
 
@@ -48,6 +56,20 @@ def test_a_poll_goes_through_its_life() -> None:
     assert [tally.state for tally in tallies] == states
     assert tallies[-1].as_of.ToDatetime(UTC) == START + timedelta(seconds=5)
     assert [option.option_id for option in tallies[-1].options] == ["yes", "no"]
+
+
+def test_results_are_hidden_from_the_plan_on_until_the_poll_is_closed() -> None:
+    spec = PollSpec(options=CREATED.poll.options, results_visibility=RESULTS_VISIBILITY_AFTER_CLOSE)
+    changes: list[dict[str, Any]] = [
+        {"poll_created": CREATED},
+        {"poll_updated": PollUpdated(poll=spec)},
+        {"poll_opened": PollOpened()},
+        {"votes_cast": votes(0)},
+    ]
+    events = [event(version, **change) for version, change in enumerate(changes, 1)]
+    assert [folded(events[:length]).hidden for length in range(1, 5)] == [False, True, True, True]
+    assert not folded([*events, event(5, poll_closed=PollClosed())]).hidden
+    assert folded([*events, event(5, poll_cancelled=PollCancelled())]).hidden, "to cancel must not be a way to look"
 
 
 def test_folding_changes_nothing_that_was_there_before() -> None:

@@ -316,7 +316,9 @@ class GetResultsResponse(message.Message):
 
 @typing.final
 class BatchGetResultsRequest(message.Message):
-    """BatchGetResultsRequest asks for the counts of many polls."""
+    """BatchGetResultsRequest asks for the counts of many polls. Where they are more than 3 MiB together it is
+    INVALID_REQUEST, and fewer polls are to be asked for at a time.
+    """
 
     DESCRIPTOR: descriptor.Descriptor
 
