@@ -26,7 +26,7 @@ from contracts.failures import STORE_FAILURES
 from contracts.live import are_hidden, live_key
 from contracts.refusals import Refusal, poll_not_found, results_hidden
 from query_server.freshness import behind
-from query_server.live import FAILURES, LiveResults
+from query_server.live import FAILURES, LiveResults, version_of
 from query_server.subscriptions import Subscriptions
 from query_server.views import Views
 
@@ -270,8 +270,11 @@ class Watchers:
 
     def _offer(self, topic: Topic, results: bytes) -> bool:
         try:
-            news = GetResultsResponse.FromString(results).results
-            topic.offer(news.version, results, final=news.state in _FINAL)
+            if are_hidden(results):
+                topic.offer(version_of(results), results)
+            else:
+                news = GetResultsResponse.FromString(results).results
+                topic.offer(news.version, results, final=news.state in _FINAL)
         except DecodeError:
             _broken.inc()
             log.error("redis has something else than results", poll_id=str(topic.poll_id))
