@@ -13,6 +13,8 @@ from uuid import UUID
 
 # How far into the stream the live counters are; see migrations/read/0001_views.sql, stream_position.
 POSITION_KEY = "tally:live:position"
+# The hash of the polls that stand still: poll_id → contracts.dead_letters.DeadLetter.
+DEAD_LETTERS_KEY = "tally:live:dead-letters"
 
 
 # No protobuf message begins with a zero byte.

@@ -76,7 +76,7 @@ class Advance(NamedTuple):
     duplicates: int
     # The highest version among those that cannot be applied because one before them is missing; 0: none.
     beyond: int
-    # Why the event after the last of `applied` cannot be applied at all.
+    # Why the event after the last of `applied` cannot be applied at all, in none of the copies that came.
     error: Unfoldable | None
 
 
@@ -96,13 +96,14 @@ def advance(tally: Tally | None, events: Iterable[Event]) -> Advance:
                 tally = fold(tally, event)
             except Unfoldable as reason:
                 error = reason
-                break
+                continue
+            error = None
             applied.append(event)
     return Advance(tally, applied, duplicates, beyond, error)
 
 
 def fold(tally: Tally | None, event: Event) -> Tally:
-    """The poll after one more event. Raises Unfoldable."""
+    """The poll after one more event; an unknown one that is ignorable only changes the version. Raises Unfoldable."""
     change = event.WhichOneof("change")
     if tally is None:
         if change != "poll_created" or event.version != 1:
@@ -110,7 +111,9 @@ def fold(tally: Tally | None, event: Event) -> Tally:
         return _planned(Tally(1, POLL_STATE_DRAFT, (), (), event.recorded_at), event.poll_created.poll)
     if event.version != tally.version + 1:
         raise Unfoldable(f"version {event.version} cannot follow version {tally.version}")
-    if change is None:
+    if change not in _STATES:
+        if event.ignorable:
+            return tally._replace(version=event.version, as_of=event.recorded_at)
         raise Unfoldable(f"version {event.version} is a change that this version of the code does not know")
     if tally.state not in _STATES[change]:
         raise Unfoldable(f"version {event.version} is {change}, in state {PollState.Name(tally.state)}")

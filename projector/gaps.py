@@ -15,8 +15,8 @@ class _Gap:
     missing: int
     # The highest version that was seen beyond the gap.
     seen: int
-    # What was applied of the stream before the gap came.
-    before: Position
+    # What was applied of the stream before the gap came; None where the stream need not be read again from there.
+    before: Position | None
     ask_at: float = 0.0
     pause: float = _FIRST_PAUSE_SECONDS
 
@@ -31,9 +31,13 @@ class Gaps:
         return len(self._gaps)
 
     @property
-    def before_all(self) -> Position:
-        """Where a restart has to resume the stream so that it meets the oldest gap again. Only with open gaps."""
-        return next(iter(self._gaps.values())).before
+    def before_all(self) -> Position | None:
+        """Where a restart has to resume the stream so that it meets the oldest gap again; None: anywhere."""
+        return next((gap.before for gap in self._gaps.values() if gap.before), None)
+
+    def reopen(self, poll_id: str, missing: int, seen: int) -> None:
+        """Asks for a version once more that was missing before, and is remembered elsewhere."""
+        self._gaps[poll_id] = _Gap(missing, seen, None)
 
     def update(self, poll_id: str, version: int, beyond: int, before: Position, now: float) -> bool:
         """Notes that a poll has come to `version` while `beyond` was seen (0: nothing); says if a gap opened."""

@@ -1,7 +1,7 @@
 """The live counters in Redis: each result is encoded once, stored, and sent to its subscribers in the same step."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import ClassVar
@@ -14,8 +14,10 @@ from redis.exceptions import RedisError
 from tally.poll.v1.poll_pb2 import PollOption
 from tally.query.v1.query_service_pb2 import RESULTS_SOURCE_LIVE_CACHE, GetResultsResponse, OptionCount, Results
 
+from contracts import dead_letters
+from contracts.dead_letters import DeadLetter
 from contracts.freshness import token
-from contracts.live import POSITION_KEY, hidden_results, live_key
+from contracts.live import DEAD_LETTERS_KEY, POSITION_KEY, hidden_results, live_key
 from projector.fold import Tally
 from projector.projection import Change, Displaced
 from projector.stream import Position
@@ -61,14 +63,27 @@ class Live:
         found = zip(poll_ids, values, strict=True)
         return {poll_id: _tally(results, counted) for poll_id, (results, counted) in found if results}
 
-    async def store(self, changes: Sequence[Change], old: Position | None, new: Position) -> None:
-        keys = [POSITION_KEY, *(live_key(change.poll_id) for change in changes)]
+    async def dead_letters(self) -> list[DeadLetter]:
+        async with asyncio.timeout(_SECONDS):
+            values = await self._redis.hvals(DEAD_LETTERS_KEY)
+        return [dead_letters.parse(value) for value in values]
+
+    async def store(
+        self,
+        changes: Sequence[Change],
+        letters: Mapping[str, DeadLetter | None],
+        old: Position | None,
+        new: Position,
+    ) -> None:
+        keys = [POSITION_KEY, DEAD_LETTERS_KEY, *(live_key(change.poll_id) for change in changes)]
         arguments: list[str | bytes | int] = [_text(old), _text(new)]
         for change in changes:
             results, counted = _results(change.poll_id, change.tally), b""
             if change.tally.hidden:
                 results, counted = hidden_results(change.tally.version), results
             arguments += [change.before, change.tally.version, results, counted]
+        for poll_id, letter in letters.items():
+            arguments += [poll_id, dead_letters.dump(letter) if letter else ""]
         async with asyncio.timeout(_SECONDS):
             unexpected = await self._store(keys=keys, args=arguments)
         if unexpected:

@@ -8,20 +8,23 @@ anew from the position that the read model holds. So there is one way to recover
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from datetime import UTC, datetime
 from typing import ClassVar, NamedTuple, Protocol
 from uuid import UUID
 
 import structlog
 from google.protobuf.message import DecodeError
+from google.protobuf.unknown_fields import UnknownFieldSet
 from nats.aio.client import Client
 from prometheus_client import Counter, Gauge
 from tally.event.v1.event_pb2 import Event
 
 from contracts.bus import REPUBLISH, republish_request
+from contracts.dead_letters import MAX_DATA_BYTES, MAX_ERROR_CHARACTERS, UNREADABLE, DeadLetter
 from projector import stream
-from projector.fold import Tally, advance
+from projector.fold import Tally, advance, fold
 from projector.gaps import Gaps
 from projector.stream import BEGINNING, Message, Position
 from runtime import nats
@@ -37,6 +40,9 @@ _GOOD_SESSION_SECONDS = 10.0
 # Polls are kept in memory as long as their options together are not more than these.
 _CACHED_OPTIONS = 200_000
 
+# What an event can raise that is at odds with the code that stores it: an enum's value that has no name here, say.
+_DEFECTS = (ArithmeticError, LookupError, TypeError, ValueError)
+
 _LABELS = ["read_model"]
 _events = Counter("tally_projector_events", "Events applied.", _LABELS)
 _votes = Counter("tally_projector_votes", "Votes applied.", _LABELS)
@@ -44,7 +50,9 @@ _duplicates = Counter("tally_projector_duplicates", "Events skipped because they
 _gaps = Counter("tally_projector_gaps", "Times that an event was missing before another.", _LABELS)
 _open_gaps = Gauge("tally_projector_open_gaps", "Polls that wait for a missing event.", _LABELS)
 _requests = Counter("tally_projector_republish_requests", "Requests to publish events again.", _LABELS)
-_parked = Gauge("tally_projector_parked_polls", "Polls that stand still because of an event.", _LABELS)
+_parked = Gauge("tally_projector_parked_polls", "Polls that stand still at an event, a dead letter.", _LABELS)
+_parkings = Counter("tally_projector_parkings", "Times that an event could not be applied.", _LABELS)
+_strays = Counter("tally_projector_stray_messages", "Messages on the stream that are no poll's events.", _LABELS)
 _pending = Gauge("tally_projector_pending_messages", "Messages in the stream that are not applied yet.", _LABELS)
 _behind = Gauge("tally_projector_seconds_behind", "Age of the latest applied event when it was applied.", _LABELS)
 _failures = Counter("tally_projector_failures", "Sessions that ended by a failure.", _LABELS)
@@ -57,6 +65,13 @@ class Change(NamedTuple):
     before: int
     tally: Tally
     events: Sequence[Event]
+
+
+class _Received(NamedTuple):
+    """An event, and the message that brought it."""
+
+    event: Event
+    message: Message
 
 
 class Displaced(Exception):  # noqa: N818 - says what happened to the read model
@@ -77,9 +92,19 @@ class ReadModel(Protocol):
     async def load(self, poll_ids: Sequence[str]) -> dict[str, Tally]:
         """Those of the polls that it has."""
 
-    async def store(self, changes: Sequence[Change], old: Position | None, new: Position) -> None:
-        """Applies changes and moves the position, all or nothing. Raises Displaced, and then nothing is stored, where
-        the position is not `old` or a poll is not at the version before its change."""
+    async def dead_letters(self) -> list[DeadLetter]:
+        """The events at which polls stand still."""
+
+    async def store(
+        self,
+        changes: Sequence[Change],
+        letters: Mapping[str, DeadLetter | None],
+        old: Position | None,
+        new: Position,
+    ) -> None:
+        """Applies changes, keeps the dead letters of polls (None: drops it), and moves the position, all or nothing.
+        Raises Displaced, and then nothing is stored, where the position is not `old` or a poll is not at the version
+        before its change."""
 
 
 class Projection:
@@ -96,8 +121,8 @@ class Projection:
         self._connect = connect
         self._nats_url = nats_url
         self._ready = ready
-        # Why polls stand still. In memory only: after a restart their next event shows it again.
-        self._parked: dict[str, str] = {}
+        # Whether the polls that stood still when this process began were tried again.
+        self._retried = False
 
     async def run(self, stop: asyncio.Event) -> None:
         """Applies events until `stop` is set and the batch at hand is stored."""
@@ -108,7 +133,7 @@ class Projection:
             started = time.monotonic()
             try:
                 async with nats.connect(self._nats_url, application=application) as bus, self._connect() as model:
-                    await _Session(model, bus, self._parked, self._ready).run(stop)
+                    await _Session(model, bus, self._begun).run(stop, retry=not self._retried)
             except* expected as failures:
                 if time.monotonic() - started > _GOOD_SESSION_SECONDS:
                     backoff.reset()
@@ -119,35 +144,42 @@ class Projection:
             # Not within except*, which would wrap a cancellation into a group.
             await backoff.wait()
 
+    def _begun(self) -> None:
+        self._retried = True
+        self._ready()
+
 
 class _Session:
-    """One uninterrupted reading of the stream into the read model."""
+    """One uninterrupted reading of the stream into the read model; `begun` is called when events are applied."""
 
-    def __init__(self, model: ReadModel, bus: Client, parked: dict[str, str], ready: Callable[[], None]) -> None:
+    def __init__(self, model: ReadModel, bus: Client, begun: Callable[[], None]) -> None:
         self._model = model
         self._bus = bus
-        self._parked = parked
-        self._ready = ready
+        self._begun = begun
         self._tallies = _Tallies()
         self._gaps = Gaps()
+        # The polls that stand still, as the read model has them; and of the batch at hand what it does not have yet.
+        self._parked: dict[str, DeadLetter] = {}
+        self._letters: dict[str, DeadLetter | None] = {}
         # What the read model holds, and how far the stream is read.
         self._stored = self._reached = BEGINNING
         self._checked_at = 0.0
 
-    async def run(self, stop: asyncio.Event) -> None:
+    async def run(self, stop: asyncio.Event, *, retry: bool) -> None:
+        """Applies events until `stop`; with `retry`, those first at which polls stand still."""
         position = await self._model.position()
         if position is None:
-            await self._model.store([], None, BEGINNING)
+            await self._model.store([], {}, None, BEGINNING)
             position = BEGINNING
         self._stored = position
+        await self._reopen(retry)
         async with stream.read(self._bus, position) as reader:
             if reader.resumed:
                 self._reached = position
             else:
                 log.info("reading the stream from its beginning", position=position.sequence)
-                self._parked.clear()
                 self._reached = BEGINNING
-            self._ready()
+            self._begun()
             while not stop.is_set():
                 messages = await reader.next(_LOOK_SECONDS)
                 if messages:
@@ -156,48 +188,47 @@ class _Session:
                     await self._check()
                 await self._ask()
 
+    async def _reopen(self, retry: bool) -> None:
+        """Asks for what comes next of the polls that stood still and go on; with `retry`, of all that stand still."""
+        self._parked = {letter.poll_id: letter for letter in await self._model.dead_letters()}
+        _parked.labels(self._model.name).set(len(self._parked))
+        for poll_id, tally in (await self._load(self._parked)).items():
+            letter, version = self._parked[poll_id], tally.version if tally else 0
+            if retry or version >= letter.version:
+                self._gaps.reopen(poll_id, version + 1, letter.latest)
+
     async def _apply(self, messages: Sequence[Message]) -> None:
-        events = self._decode(messages)
-        tallies = await self._load(events)
+        received = self._decode(messages)
+        tallies = await self._load(received)
         changes: list[Change] = []
-        for poll_id, batch in events.items():
-            if poll_id in tallies:
-                self._advance(poll_id, tallies[poll_id], batch, changes)
+        for poll_id, batch in received.items():
+            self._advance(poll_id, tallies[poll_id], batch, changes)
         self._reached = messages[-1].position
         failpoint("projector.before_store")
         # A restart from there meets the oldest open gap again, and asks for it again.
-        changes = await self._store(changes, self._gaps.before_all if self._gaps else self._reached)
+        changes = await self._store(changes, tallies, received, self._gaps.before_all or self._reached)
         failpoint("projector.after_store")
         for change in changes:
             self._tallies.keep(change.poll_id, change.tally)
         self._measure(changes, messages[-1].pending)
 
-    def _decode(self, messages: Sequence[Message]) -> dict[str, list[Event]]:
-        """The events by poll. A poll stands still from the first one that cannot be read."""
-        events: dict[str, list[Event]] = {}
+    def _decode(self, messages: Sequence[Message]) -> dict[str, list[_Received]]:
+        """The events by poll."""
+        received: dict[str, list[_Received]] = {}
         for message in messages:
             poll_id = message.subject.rpartition(".")[2]
-            if poll_id in self._parked:
-                continue
-            try:
-                event = Event.FromString(message.data)
-            except DecodeError:
-                self._park(poll_id, f"message {message.position.sequence} is not an event")
-                continue
-            if event.poll_id == poll_id:
-                events.setdefault(poll_id, []).append(event)
+            event = _event(message, poll_id) if poll_id in received or _is_uuid(poll_id) else None
+            if event is None:
+                _strays.labels(self._model.name).inc()
+                log.warning("stray message", subject=message.subject, sequence=message.position.sequence)
             else:
-                self._park(poll_id, f"message {message.position.sequence} is of another poll: {event.poll_id}")
-        return events
+                received.setdefault(poll_id, []).append(_Received(event, message))
+        return received
 
     async def _load(self, poll_ids: Iterable[str]) -> dict[str, Tally | None]:
         """The polls as the read model has them; None for one that it does not have."""
         tallies = {poll_id: self._tallies.get(poll_id) for poll_id in poll_ids}
         unknown = [poll_id for poll_id, tally in tallies.items() if tally is None]
-        for poll_id in [poll_id for poll_id in unknown if not _is_uuid(poll_id)]:
-            self._park(poll_id, "not the id of a poll")
-            unknown.remove(poll_id)
-            del tallies[poll_id]
         if unknown:
             loaded = await self._model.load(unknown)
             for poll_id, tally in loaded.items():
@@ -205,36 +236,65 @@ class _Session:
             tallies.update(loaded)
         return tallies
 
-    def _advance(self, poll_id: str, tally: Tally | None, events: list[Event], changes: list[Change]) -> None:
-        result = advance(tally, events)
+    def _advance(self, poll_id: str, tally: Tally | None, received: list[_Received], changes: list[Change]) -> None:
+        result = advance(tally, (event for event, _ in received))
         before = tally.version if tally else 0
+        version = result.tally.version if result.tally else 0
         if result.tally and result.applied:
             changes.append(Change(poll_id, before, result.tally, result.applied))
         _duplicates.labels(self._model.name).inc(result.duplicates)
+        letter = self._parked.get(poll_id)
         if result.error:
-            self._park(poll_id, str(result.error))
-            return
-        version = result.tally.version if result.tally else 0
-        if self._gaps.update(poll_id, version, result.beyond, self._reached, time.monotonic()):
-            _gaps.labels(self._model.name).inc()
-            log.info("an event is missing", poll_id=poll_id, version=version + 1, seen=result.beyond)
+            self._park(poll_id, version + 1, str(result.error), received)
+        elif letter and before == version == letter.version - 1:
+            # It stands still until that event comes again, and then is tried again.
+            if result.beyond > letter.latest:
+                self._letters[poll_id] = letter._replace(latest=result.beyond)
+        else:
+            beyond = result.beyond
+            if letter:
+                # Until the poll has all that came meanwhile, the letter is what remembers it.
+                beyond = max(beyond, letter.latest)
+                if version >= beyond:
+                    log.info("poll goes on", poll_id=poll_id, version=version)
+                    self._letters[poll_id] = None
+            if self._gaps.update(poll_id, version, beyond, self._reached, time.monotonic()):
+                _gaps.labels(self._model.name).inc()
+                log.info("an event is missing", poll_id=poll_id, version=version + 1, seen=beyond)
 
-    async def _store(self, changes: list[Change], position: Position) -> list[Change]:
-        """Stores the changes, but parks a poll whose change the store refuses; returns the others."""
-        refusals = self._model.refusals
+    async def _store(
+        self,
+        changes: list[Change],
+        tallies: Mapping[str, Tally | None],
+        received: Mapping[str, list[_Received]],
+        position: Position,
+    ) -> list[Change]:
+        """Stores the changes up to the first event of each poll that the store refuses; returns what it did not."""
+        refusals: tuple[type[Exception], ...] = (*self._model.refusals, *_DEFECTS)
         try:
-            await self._model.store(changes, self._stored, position)
+            await self._model.store(changes, self._letters, self._stored, position)
         except refusals:
-            accepted = []
+            accepted: list[Change] = []
             for change in changes:
-                try:
-                    await self._model.store([change], self._stored, self._stored)
-                    accepted.append(change)
-                except refusals as error:
-                    self._park(change.poll_id, repr(error))
-            await self._model.store([], self._stored, position)
+                tally = tallies[change.poll_id]
+                for event in change.events:
+                    tally = fold(tally, event)
+                    step = Change(change.poll_id, event.version - 1, tally, [event])
+                    try:
+                        await self._model.store([step], {}, self._stored, self._stored)
+                    except refusals as error:
+                        self._park(change.poll_id, event.version, repr(error), received[change.poll_id])
+                        break
+                    accepted.append(step)
+            await self._model.store([], self._letters, self._stored, position)
             changes = accepted
         self._stored = position
+        for poll_id, letter in self._letters.items():
+            if letter:
+                self._parked[poll_id] = letter
+            else:
+                self._parked.pop(poll_id, None)
+        self._letters = {}
         return changes
 
     async def _check(self) -> None:
@@ -250,12 +310,26 @@ class _Session:
             _requests.labels(self._model.name).inc()
             await self._bus.publish(REPUBLISH, republish_request(UUID(poll_id), version))
 
-    def _park(self, poll_id: str, reason: str) -> None:
-        log.error("poll parked", poll_id=poll_id, reason=reason)
-        self._parked[poll_id] = reason
+    def _park(self, poll_id: str, version: int, error: str, received: Sequence[_Received]) -> None:
+        """Lets a poll stand still before an event that cannot be applied."""
+        message = next(message for event, message in received if event.version == version)
+        event_type = _event_type(message, poll_id)
+        if event_type == UNREADABLE:
+            error = f"message {message.position.sequence} is not an event of this poll"
+        before = self._parked.get(poll_id)
+        self._letters[poll_id] = DeadLetter(
+            poll_id=poll_id,
+            version=version,
+            latest=max(before.latest if before else 0, *(event.version for event, _ in received)),
+            stream_sequence=message.position.sequence,
+            event_type=event_type,
+            error=error[:MAX_ERROR_CHARACTERS],
+            first_seen=before.first_seen if before and before.version == version else datetime.now(UTC),
+            data=message.data[:MAX_DATA_BYTES],
+        )
         self._gaps.forget(poll_id)
-        self._tallies.forget(poll_id)
-        _parked.labels(self._model.name).set(len(self._parked))
+        _parkings.labels(self._model.name).inc()
+        log.error("poll parked", poll_id=poll_id, version=version, event_type=event_type, reason=error)
 
     def _measure(self, changes: Sequence[Change], pending: int) -> None:
         name = self._model.name
@@ -295,6 +369,31 @@ class _Tallies:
         tally = self._tallies.pop(poll_id, None)
         if tally is not None:
             self._options -= len(tally.options)
+
+
+def _event(message: Message, poll_id: str) -> Event | None:
+    """The event in a message. In the place of one that cannot be read stands an unknown one; None: it has no place."""
+    event = _read(message, poll_id)
+    if event is None and message.version:
+        return Event(poll_id=poll_id, version=message.version)
+    return event
+
+
+def _read(message: Message, poll_id: str) -> Event | None:
+    with suppress(DecodeError):
+        event = Event.FromString(message.data)
+        if event.poll_id == poll_id:
+            return event
+    return None
+
+
+def _event_type(message: Message, poll_id: str) -> str:
+    event = _read(message, poll_id)
+    if event is None:
+        return UNREADABLE
+    unknown = UnknownFieldSet(event)
+    numbers = [unknown[place].field_number for place in range(len(unknown))]
+    return event.WhichOneof("change") or ", ".join(f"field {number}" for number in numbers) or "nothing"
 
 
 def _is_uuid(text: str) -> bool:

@@ -7,6 +7,24 @@ INSERT INTO stream_position (stream_sequence, stored_at) VALUES ($1, $2) ON CONF
 -- move: the position, if it is still the one before
 UPDATE stream_position SET stream_sequence = $3, stored_at = $4 WHERE stream_sequence = $1 AND stored_at = $2
 
+-- dead_letters: the events at which polls stand still
+SELECT poll_id::text, version, latest, stream_sequence, event_type, error, first_seen, data FROM dead_letters
+
+-- keep_dead_letter: the event at which a poll stands still from now on
+INSERT INTO dead_letters (poll_id, version, latest, stream_sequence, event_type, error, first_seen, data)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+ON CONFLICT (poll_id) DO UPDATE SET
+    version = excluded.version,
+    latest = excluded.latest,
+    stream_sequence = excluded.stream_sequence,
+    event_type = excluded.event_type,
+    error = excluded.error,
+    first_seen = excluded.first_seen,
+    data = excluded.data
+
+-- drop_dead_letter: the poll goes on
+DELETE FROM dead_letters WHERE poll_id = $1
+
 -- tallies: what counting goes on from
 SELECT poll_id, version, state, option_ids, option_labels, counts, total_votes, as_of, eligible_voters, certification,
     hidden

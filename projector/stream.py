@@ -14,7 +14,7 @@ from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from nats.js.errors import NotFoundError
 
-from contracts.bus import STREAM
+from contracts.bus import STREAM, VERSION_HEADER
 
 _SECONDS = 5.0
 # What is asked of the server at once: it bounds what waits in this process while a batch is applied.
@@ -49,6 +49,8 @@ class Message(NamedTuple):
     position: Position
     # How many messages the stream has after this one.
     pending: int
+    # The event's version, as the relay wrote it beside the event; 0: not the relay's message.
+    version: int
 
 
 class Broken(nats.errors.Error):
@@ -131,7 +133,9 @@ class Reader:
             self._problem = self._problem or f"message {self._delivered} of the consumer is missing"
         if not self._problem:
             position = Position(sequence, stored_at // 1000)
-            self._messages.append(Message(message.subject, message.data, position, pending))
+            version = (message.headers or {}).get(VERSION_HEADER, "")
+            known = int(version) if version.isdecimal() else 0
+            self._messages.append(Message(message.subject, message.data, position, pending, known))
 
     def _note(self, headers: dict[str, str]) -> None:
         status, description = headers.get("Status", ""), headers.get("Description", "")

@@ -24,6 +24,7 @@ from tally.poll.v1.poll_pb2 import (
 from tally.query.v1.query_service_pb2 import Certification, OptionCount, Outcome
 
 from contracts.counting import added_votes
+from contracts.dead_letters import DeadLetter
 from contracts.views import TURNOUT_GRAIN
 from contracts.voters import KEY_BYTES
 from projector.fold import Tally
@@ -90,7 +91,16 @@ class Views:
         rows = await self._connection.fetch(sql.tallies, poll_ids)
         return {str(row["poll_id"]): _tally(row) for row in rows}
 
-    async def store(self, changes: Sequence[Change], old: Position | None, new: Position) -> None:
+    async def dead_letters(self) -> list[DeadLetter]:
+        return [DeadLetter(*row) for row in await self._connection.fetch(sql.dead_letters)]
+
+    async def store(
+        self,
+        changes: Sequence[Change],
+        letters: Mapping[str, DeadLetter | None],
+        old: Position | None,
+        new: Position,
+    ) -> None:
         async with self._connection.transaction():
             poll_nos = await self._store_polls(changes)
             if len(poll_nos) != len(changes):
@@ -110,6 +120,11 @@ class Views:
                     await self._replace_votes(poll_no, event)
             if turnout := _turnout(events):
                 await self._connection.execute(sql.add_turnout, *zip(*turnout, strict=True))
+            for poll_id, letter in letters.items():
+                if letter:
+                    await self._connection.execute(sql.keep_dead_letter, *letter)
+                else:
+                    await self._connection.execute(sql.drop_dead_letter, poll_id)
             if old is None:
                 moved = await self._connection.execute(sql.begin, *new)
             else:

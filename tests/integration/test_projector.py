@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from tally.event.v1.event_pb2 import Event, VotesCast
 from tally.poll.v1.poll_pb2 import POLL_STATE_CLOSED, POLL_STATE_OPEN
 from tally.query.v1.query_service_pb2 import RESULTS_SOURCE_LIVE_CACHE, GetResultsResponse, Results
 
-from contracts.bus import ALL_EVENTS, REPUBLISH, STREAM, event_subject
+from contracts.bus import ALL_EVENTS, REPUBLISH, STREAM, VERSION_HEADER, event_subject
+from contracts.dead_letters import DeadLetter
 from contracts.live import POSITION_KEY, live_key
 from projector import projection
 from projector.__main__ import LiveSettings, ViewsSettings, live, views
@@ -32,9 +33,11 @@ from projector.live import Live
 from projector.projection import Change, Displaced
 from projector.stream import Position
 from projector.views import Views
+from relay import repair
 from relay.__main__ import RelaySettings, relay
 from runtime.embedded import Stores
 from tests.event_log import EventLog, WrittenPoll, event_log
+from tests.event_log import sql as log_sql
 from tests.processes import eventually, service
 
 Runner = Callable[[asyncio.Event], Awaitable[None]]
@@ -98,7 +101,20 @@ class Everything:
 
     async def publish(self, poll: WrittenPoll, events: Sequence[Event]) -> None:
         for event in events:
-            await self.bus.jetstream().publish(event_subject(0, poll.poll_id), event.SerializeToString())
+            await self.publish_bytes(poll, event.version, event.SerializeToString())
+
+    async def publish_bytes(self, poll: WrittenPoll, version: int, data: bytes) -> None:
+        headers = {VERSION_HEADER: str(version)}
+        await self.bus.jetstream().publish(event_subject(0, poll.poll_id), data, headers=headers)
+
+    async def dead_letters(self, read_model: str) -> list[DeadLetter]:
+        """The events at which polls stand still."""
+        async with (
+            Live.connect(self.settings["redis_url"])
+            if read_model == "live"
+            else Views.connect(self.settings["read_dsn"])
+        ) as model:
+            return await model.dead_letters()
 
     async def results(self, poll: WrittenPoll) -> Results:
         """What Redis has of a poll."""
@@ -469,12 +485,13 @@ async def test_a_change_is_stored_whole_or_not_at_all(all_: Everything, kind: ty
 
     async with kind.connect(url) as model:
         assert await model.position() is None
-        await model.store([await change(first, 0)], None, Position(1, 1))
+        await model.store([await change(first, 0)], {}, None, Position(1, 1))
         await check(first)
         assert (await model.load([str(first.poll_id), str(second.poll_id)])).keys() == {str(first.poll_id)}
         stored = await change(first, 0)
         await log.cast(first, votes=3)
         ahead = [await change(second, 0), await change(first, 2)]
+        letter = DeadLetter(str(second.poll_id), 3, 7, 2, "field 99", "unknown", datetime.now(UTC), b"\0\xff")
         # Not the position, or not the version, that it was computed from: another process has written.
         for changes, old in [
             (ahead, None),
@@ -485,13 +502,19 @@ async def test_a_change_is_stored_whole_or_not_at_all(all_: Everything, kind: ty
             ([ahead[1], (await change(second, 0))._replace(before=1)], Position(1, 1)),
         ]:
             with pytest.raises(Displaced):
-                await model.store(changes, old, Position(3, 3))
+                await model.store(changes, {letter.poll_id: letter}, old, Position(3, 3))
             assert await model.position() == Position(1, 1)
             assert await model.load([str(first.poll_id), str(second.poll_id)]) == {str(first.poll_id): stored.tally}
-        await model.store(ahead, Position(1, 1), Position(3, 3))
+            assert await model.dead_letters() == []
+        await model.store(ahead, {letter.poll_id: letter}, Position(1, 1), Position(3, 3))
         await check(first)
         await check(second)
         assert await model.position() == Position(3, 3)
+        assert await model.dead_letters() == [letter]
+        await model.store([], {letter.poll_id: letter._replace(latest=8)}, Position(3, 3), Position(3, 3))
+        assert await model.dead_letters() == [letter._replace(latest=8)]
+        await model.store([], {letter.poll_id: None}, Position(3, 3), Position(3, 3))
+        assert await model.dead_letters() == []
 
 
 def tampered(event: Event) -> bytes:
@@ -509,34 +532,141 @@ def with_a_voter_who_voted_before(event: Event) -> bytes:
     return event.SerializeToString()
 
 
-@pytest.mark.parametrize("spoil", [tampered, of_a_later_code, with_a_voter_who_voted_before])
+@pytest.mark.parametrize(
+    ("read_model", "spoil", "event_type", "error"),
+    [
+        ("live", tampered, "unreadable", "is not an event of this poll"),
+        ("views", tampered, "unreadable", "is not an event of this poll"),
+        ("live", of_a_later_code, "field 99", "does not know"),
+        ("views", of_a_later_code, "field 99", "does not know"),
+        ("views", with_a_voter_who_voted_before, "votes_cast", "UniqueViolationError"),
+    ],
+)
 async def test_an_event_that_cannot_be_applied_stops_only_its_poll(
-    all_: Everything, spoil: Callable[[Event], bytes]
+    all_: Everything, read_model: str, spoil: Callable[[Event], bytes], event_type: str, error: str
 ) -> None:
     log = all_.log
+    runner = all_.live if read_model == "live" else all_.views
+    counted = all_.live_counted if read_model == "live" else all_.views_counted
     await all_.stream()
     bad, good = await log.poll(), await log.poll()
     for poll in (bad, good):
-        for _ in range(3):
+        for _ in range(4):
             await log.cast(poll, votes=2)
     events = await log.events(bad)
     await all_.publish(bad, events[:3])
-    await all_.bus.jetstream().publish(event_subject(0, bad.poll_id), spoil(events[3]))
-    await all_.publish(bad, events[4:])
+    await all_.publish_bytes(bad, 4, spoil(events[3]))
+    await all_.publish(bad, events[4:5])
     await all_.publish(good, await log.events(good))
-    async with running(all_.views):
-        await all_.views_counted(good)
-        version = await all_.read.fetchval("SELECT version FROM polls WHERE poll_id = $1", bad.poll_id)
-        # The store refuses the changes of a poll in one batch together, the others stop just before the bad event.
-        assert version in ((None, 3) if spoil is with_a_voter_who_voted_before else (3,))
-        assert projection._parked.labels("views")._value.get() == 1
+    asked: list[dict[str, object]] = []
+
+    async def on_request(message: Msg) -> None:
+        asked.append(json.loads(message.data))
+
+    async def waiting(events: int) -> DeadLetter:
+        [letter] = await all_.dead_letters(read_model)
+        assert (letter.poll_id, letter.version, letter.waiting) == (str(bad.poll_id), 4, events)
+        return letter
+
+    await all_.bus.subscribe(REPUBLISH, cb=on_request)
+    async with running(runner):
+        await counted(good)
+        letter = await waiting(1)
+        assert (letter.stream_sequence, letter.event_type) == (4, event_type)
+        assert error in letter.error
+        assert letter.data == spoil(events[3])
+        assert projection._parked.labels(read_model)._value.get() == 1
+        # What comes later waits, and nobody is asked for what is there.
+        await all_.publish(bad, events[5:])
+        await eventually(lambda: waiting(2))
+        assert asked == []
+    projection._parked.labels(read_model).set(0)
+    async with running(runner):
+        # Another code may know better: it tries again, once.
+        await eventually(lambda: _true(asked))
+        assert asked[0] == {"poll_id": str(bad.poll_id), "from_version": 4}
+        await all_.publish_bytes(bad, 4, spoil(events[3]))
         await log.cast(good)
         await all_.publish(good, (await log.events(good))[-1:])
-        await all_.views_counted(good)
-    # Once it is mended, the poll goes on, after a restart.
-    await all_.publish(bad, events)
-    async with running(all_.views):
-        await all_.views_counted(bad)
+        await counted(good)
+        assert await waiting(2) == letter._replace(latest=6, stream_sequence=13, error=(await waiting(2)).error)
+        assert projection._parked.labels(read_model)._value.get() == 1
+        # Once what comes is mended, the poll goes on.
+        await all_.publish(bad, events)
+        await counted(bad)
+        assert await all_.dead_letters(read_model) == []
+        assert projection._parked.labels(read_model)._value.get() == 0
+
+
+async def _true(value: object) -> bool:
+    return bool(value)
+
+
+async def test_a_poll_that_goes_on_gets_all_that_came_while_it_stood_still(
+    all_: Everything, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repair, "RANGE_EVENTS", 3)
+    log = all_.log
+    poll = await log.poll()
+    for _ in range(9):
+        await log.cast(poll)
+    later = await log.events(poll)
+    await all_.stream()
+    await all_.publish(poll, later[:3])
+    await all_.publish_bytes(poll, 4, of_a_later_code(later[3]))
+    await all_.publish(poll, later[4:])
+    await log.connection.execute("DELETE FROM outbox")
+    async with running(all_.live, all_.views):
+        await eventually(lambda: _stands_still(all_, poll))
+    # Neither is an event of this poll to come, nor is the end of the stream to be repaired: only the letter knows.
+    async with running(all_.relay, all_.live, all_.views):
+        await all_.counted(poll)
+        for read_model in ("live", "views"):
+            await eventually(lambda read_model=read_model: _no_letters(all_, read_model))  # type: ignore[misc]
+
+
+async def _stands_still(all_: Everything, poll: WrittenPoll) -> None:
+    for read_model in ("live", "views"):
+        letters = await all_.dead_letters(read_model)
+        assert [(letter.version, letter.latest) for letter in letters] == [(4, poll.version)]
+
+
+async def _no_letters(all_: Everything, read_model: str) -> None:
+    assert await all_.dead_letters(read_model) == []
+
+
+async def test_a_wiped_read_model_parks_the_poll_again(all_: Everything) -> None:
+    log = all_.log
+    await all_.stream()
+    poll = await log.poll()
+    for _ in range(3):
+        await log.cast(poll)
+    events = await log.events(poll)
+    await all_.publish(poll, events[:3])
+    await all_.publish_bytes(poll, 4, of_a_later_code(events[3]))
+    await all_.publish(poll, events[4:])
+    async with running(all_.live, all_.views):
+        await eventually(lambda: _stands_still(all_, poll))
+        await all_.redis.flushall()
+        await all_.read.execute("TRUNCATE polls, votes, stream_position, dead_letters")
+        await eventually(lambda: _stands_still(all_, poll))
+        assert (await all_.results(poll)).version == 3
+
+
+async def test_readers_skip_what_is_ignorable_and_unknown_to_them(all_: Everything) -> None:
+    log = all_.log
+    poll = await log.poll()
+    await log.cast(poll, votes=3)
+    # As a later code would write it, which knows a change with the number 99.
+    later = Event(ignorable=True).SerializeToString() + b"\x9a\x06\x02\x08\x01"
+    columns = ("OPEN", poll.spec.SerializeToString(), None, None, later)
+    poll.version = await log.connection.fetchval(log_sql.change_poll, poll.poll_no, *columns)
+    async with running(all_.relay, all_.live, all_.views):
+        await all_.counted(poll)
+        await log.cast(poll, votes=2)
+        await all_.counted(poll)
+    assert poll.version == 5
+    assert await all_.dead_letters("live") == await all_.dead_letters("views") == []
 
 
 async def test_what_is_not_of_a_poll_is_left_alone(all_: Everything) -> None:

@@ -140,6 +140,25 @@ def test_an_event_of_a_later_code_is_unknown_to_this_one() -> None:
         fold(folded(life()[:2]), later)
 
 
+def test_an_unknown_event_that_is_ignorable_changes_the_version_only() -> None:
+    before = folded(life()[:2])
+    later = Event.FromString(event(3).SerializeToString() + Event(ignorable=True).SerializeToString() + b"\x9a\x06\x00")
+    assert fold(before, later) == before._replace(version=3, as_of=later.recorded_at)
+    # One that is known is applied, whatever it says about itself.
+    known = event(3, votes_cast=votes(1))
+    known.ignorable = True
+    assert fold(before, known).counts == (0, 1)
+    with pytest.raises(Unfoldable):
+        fold(None, Event(version=1, ignorable=True))
+
+
+def test_a_good_copy_of_a_bad_event_is_applied() -> None:
+    events = life(votes(0))
+    for copies in ([event(3), events[2]], [events[2], event(3)]):
+        result = advance(None, [*events[:2], *copies, events[3]])
+        assert (result.tally, result.error) == (folded(events), None)
+
+
 def test_a_version_is_never_skipped_or_repeated() -> None:
     tally = folded(life()[:2])
     for version in (1, 2, 4):

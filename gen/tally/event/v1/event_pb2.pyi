@@ -29,6 +29,7 @@ class Event(message.Message):
     POLL_ID_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     RECORDED_AT_FIELD_NUMBER: builtins.int
+    IGNORABLE_FIELD_NUMBER: builtins.int
     POLL_CREATED_FIELD_NUMBER: builtins.int
     POLL_OPENED_FIELD_NUMBER: builtins.int
     VOTES_CAST_FIELD_NUMBER: builtins.int
@@ -43,6 +44,10 @@ class Event(message.Message):
     """poll_id is the poll that changed; a UUID."""
     version: builtins.int
     """version counts the poll's events from 1, without gaps."""
+    ignorable: builtins.bool
+    """ignorable tells a reader that does not know the change that nothing it shows depends on it: it takes the version as
+    applied and goes on. Readers that know the change apply it.
+    """
     @builtins.property
     def recorded_at(self) -> timestamp_pb2.Timestamp:
         """recorded_at is when the event was recorded, by the write database's clock; it never falls from version to version."""
@@ -93,6 +98,7 @@ class Event(message.Message):
         poll_id: builtins.str = ...,
         version: builtins.int = ...,
         recorded_at: timestamp_pb2.Timestamp | None = ...,
+        ignorable: builtins.bool = ...,
         poll_created: PollCreated | None = ...,
         poll_opened: PollOpened | None = ...,
         votes_cast: VotesCast | None = ...,
@@ -106,7 +112,7 @@ class Event(message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["certification_failed", b"certification_failed", "certification_requested", b"certification_requested", "change", b"change", "poll_cancelled", b"poll_cancelled", "poll_certified", b"poll_certified", "poll_closed", b"poll_closed", "poll_created", b"poll_created", "poll_opened", b"poll_opened", "poll_updated", b"poll_updated", "recorded_at", b"recorded_at", "voters_registered", b"voters_registered", "votes_cast", b"votes_cast"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["certification_failed", b"certification_failed", "certification_requested", b"certification_requested", "change", b"change", "poll_cancelled", b"poll_cancelled", "poll_certified", b"poll_certified", "poll_closed", b"poll_closed", "poll_created", b"poll_created", "poll_id", b"poll_id", "poll_opened", b"poll_opened", "poll_updated", b"poll_updated", "recorded_at", b"recorded_at", "version", b"version", "voters_registered", b"voters_registered", "votes_cast", b"votes_cast"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["certification_failed", b"certification_failed", "certification_requested", b"certification_requested", "change", b"change", "ignorable", b"ignorable", "poll_cancelled", b"poll_cancelled", "poll_certified", b"poll_certified", "poll_closed", b"poll_closed", "poll_created", b"poll_created", "poll_id", b"poll_id", "poll_opened", b"poll_opened", "poll_updated", b"poll_updated", "recorded_at", b"recorded_at", "version", b"version", "voters_registered", b"voters_registered", "votes_cast", b"votes_cast"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_change: _TypeAlias = typing.Literal["poll_created", "poll_opened", "votes_cast", "poll_closed", "poll_updated", "poll_cancelled", "voters_registered", "certification_requested", "poll_certified", "certification_failed"]  # noqa: Y015
     _WhichOneofArgType_change: _TypeAlias = typing.Literal["change", b"change"]  # noqa: Y015
