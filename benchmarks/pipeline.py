@@ -17,7 +17,7 @@ from benchmarks.driver import Driver, new_voters
 from benchmarks.figures import Effort, Figure, cpu_seconds, figure
 from benchmarks.ingest import BATCH_VOTES, LOAD, cast, copy, open_poll, orders
 from benchmarks.stage import Server, Stage, pid_of
-from contracts.live import live_key
+from contracts.live import FIRST_GENERATION, live_key
 
 RELAY, LIVE, VIEWS = ("relay",), ("projector", "live"), ("projector", "views")
 # What is asked of a relay, in events per second.
@@ -197,7 +197,7 @@ class _Ends:
         return not await self._write.fetchval("SELECT EXISTS (SELECT FROM outbox)")
 
     async def live_has(self, poll_id: str, version: int) -> bool:
-        return int(await self._redis.hget(live_key(poll_id), "version") or 0) >= version
+        return int(await self._redis.hget(live_key(FIRST_GENERATION, poll_id), "version") or 0) >= version
 
     async def views_have(self, poll_id: str, version: int) -> bool:
         return bool(
@@ -207,7 +207,7 @@ class _Ends:
 
 @asynccontextmanager
 async def _ends(stage: Stage) -> AsyncIterator[_Ends]:
-    write, read = await asyncpg.connect(stage.write_dsn), await asyncpg.connect(stage.read_dsn)
+    write, read = await asyncpg.connect(stage.write_dsn), await asyncpg.connect(stage.views_dsn)
     try:
         async with Redis.from_url(stage.stores.redis_url) as redis:
             yield _Ends(write, read, redis)

@@ -13,15 +13,16 @@ import nats
 from nats.js.errors import NotFoundError
 from redis.asyncio import Redis
 
-import migrations
 from contracts.bus import STREAM
-from runtime import embedded, postgres
+from migrations import migrate_read, migrate_write
+from runtime import embedded
 from runtime.supervisor import Died, Process, Program
 
 VOTER_SECRET = "benchmarks have a secret of their own"
 
 _TABLES = """
-SELECT quote_ident(tablename) AS name FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'schema_migrations'
+SELECT format('%I.%I', schemaname, tablename) AS name FROM pg_tables
+WHERE tableowner = current_user AND tablename <> 'schema_migrations'
 """
 
 
@@ -53,6 +54,11 @@ class Stage:
             "TALLY_NATS_URL": stores.nats_url,
             "TALLY_REDIS_URL": stores.redis_url,
         }
+
+    @property
+    def views_dsn(self) -> str:
+        """The read database, as its read model `views` sees it."""
+        return f"{self.read_dsn}&search_path=views"
 
     @property
     def postgres_pid(self) -> int:
@@ -126,8 +132,7 @@ async def stage() -> AsyncIterator[Stage]:
     """Stores with migrated databases; everything is removed at the end."""
     with tempfile.TemporaryDirectory(prefix="tally-bench-") as folder:
         directory = Path(folder)
-        databases = ["tally_write", "tally_read"]
-        async with embedded.stores(directory, databases, shared_buffers="512MB") as stores:
-            for name, folder_of_files in zip(databases, (migrations.WRITE, migrations.READ), strict=True):
-                await postgres.migrate(stores.dsn(name), folder_of_files)
+        async with embedded.stores(directory, ["tally_write", "tally_read"], shared_buffers="512MB") as stores:
+            await migrate_write(stores.dsn("tally_write"))
+            await migrate_read(stores.dsn("tally_read"))
             yield Stage(directory, stores)

@@ -3,16 +3,15 @@
 import asyncpg
 
 from clients.failures import Failure
-from migrations import READ, WRITE
-from runtime import postgres
+from migrations import migrate_read, migrate_write
 
-_FOLDERS = {"write": WRITE, "read": READ}
+_MIGRATE = {"write": migrate_write, "read": migrate_read}
 
 
 async def migrate(name: str, dsn: str) -> list[str]:
     """Brings the `write` or `read` database up to date; returns the files that it lacked. Raises Failure."""
     try:
-        return await postgres.migrate(dsn, _FOLDERS[name])
+        return await _MIGRATE[name](dsn)
     except (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         # Neither of them names the password.
         raise Failure(

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,8 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from clients.failures import Failure
 from clients.output import say
-from runtime import embedded, postgres
+from migrations import migrate_read, migrate_write
+from runtime import embedded
 from runtime.supervisor import Died, Process, Program, Supervisor, supervise, write_atomically
 
 # Together they leave a second of the ten within which everything has stopped.
@@ -167,9 +167,9 @@ async def _start_stores(supervisor: Supervisor, directory: Path) -> dict[str, st
     await supervisor.start(programs, _STORES_STOP_SECONDS)
     if own:
         await cluster.provision()
-    for variable, folder in (("TALLY_WRITE_DSN", "write"), ("TALLY_READ_DSN", "read")):
+    for variable, migrate in (("TALLY_WRITE_DSN", migrate_write), ("TALLY_READ_DSN", migrate_read)):
         try:
-            await postgres.migrate(stores[variable], files("migrations") / folder)
+            await migrate(stores[variable])
         except (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             raise Failure(
                 f"{variable}: the database cannot be migrated: {str(error) or type(error).__name__}"

@@ -1,7 +1,7 @@
 """Dead letters: an event that a read model cannot apply stops its poll there, and is kept with the read model's data.
 
 A poll has one at most in each read model, because nothing after it is applied. In the read database it is a row of
-`dead_letters`; in Redis a field of one hash, contracts.live.DEAD_LETTERS_KEY, as JSON.
+`dead_letters`; in Redis a field of one hash, contracts.live.dead_letters_key, as JSON.
 """
 
 import json

@@ -1,8 +1,13 @@
-"""Names in Redis: the live counters.
+"""Names in Redis: the live counters, which exist in copies so that they can be rebuilt while they are read.
 
-Each poll is one hash, `live_key`: `version` is the latest event it contains, `results` a serialized
+Each copy has a name, its generation, and everything that belongs to it is called `tally:live:<generation>:…`.
+GENERATION_KEY names the one copy that readers read and the projector writes: whoever changes that key switches to
+another copy. Where there is no such key, as in an empty Redis, it is FIRST_GENERATION.
+
+In a copy each poll is one hash, `live_key`: `version` is the latest event it contains, `results` a serialized
 tally.query.v1.GetResultsResponse (which has the same bytes as a WatchResultsResponse). Each change is published on
-the channel of the same name as those same bytes, so the counters are encoded once, whatever the number of readers.
+`live_channel`, the same whatever the copy, as those same bytes: so the counters are encoded once, whatever the number
+of readers.
 
 While a poll hides its results, `results`, and what is published, is `hidden_results` in their place: no query server
 ever holds what it must not tell. The projector keeps what it counts on from in `counted`, which nobody else reads.
@@ -11,10 +16,28 @@ ever holds what it must not tell. The projector keeps what it counts on from in 
 from struct import Struct
 from uuid import UUID
 
-# How far into the stream the live counters are; see migrations/read/0001_views.sql, stream_position.
-POSITION_KEY = "tally:live:position"
-# The hash of the polls that stand still: poll_id → contracts.dead_letters.DeadLetter.
-DEAD_LETTERS_KEY = "tally:live:dead-letters"
+GENERATION_KEY = "tally:live:generation"
+FIRST_GENERATION = "0"
+
+
+def position_key(generation: str) -> str:
+    """How far into the stream a copy is; see migrations/read/views/0001_views.sql, stream_position."""
+    return f"tally:live:{generation}:position"
+
+
+def dead_letters_key(generation: str) -> str:
+    """The hash of the polls that stand still in a copy: poll_id → contracts.dead_letters.DeadLetter."""
+    return f"tally:live:{generation}:dead-letters"
+
+
+def live_key(generation: str, poll_id: UUID | str) -> str:
+    """The hash of a poll's live counters. query_server/live.lua makes this name, too."""
+    return f"tally:live:{generation}:{poll_id}"
+
+
+def live_channel(poll_id: UUID | str) -> str:
+    """The channel of a poll's live counters."""
+    return f"tally:live:{poll_id}"
 
 
 # No protobuf message begins with a zero byte.
@@ -35,8 +58,3 @@ def hidden_version(results: bytes) -> int:
     """The version in `hidden_results`. Raises struct.error for what only begins like them."""
     version: int = _HIDDEN.unpack(results)[0]
     return version
-
-
-def live_key(poll_id: UUID | str) -> str:
-    """The hash, and the channel, of a poll's live counters."""
-    return f"tally:live:{poll_id}"

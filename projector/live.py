@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
-from typing import ClassVar
+from typing import Any, ClassVar
 from uuid import UUID
 
 from redis.asyncio import Redis
@@ -17,7 +17,15 @@ from tally.query.v1.query_service_pb2 import RESULTS_SOURCE_LIVE_CACHE, GetResul
 from contracts import dead_letters
 from contracts.dead_letters import DeadLetter
 from contracts.freshness import token
-from contracts.live import DEAD_LETTERS_KEY, POSITION_KEY, hidden_results, live_key
+from contracts.live import (
+    FIRST_GENERATION,
+    GENERATION_KEY,
+    dead_letters_key,
+    hidden_results,
+    live_channel,
+    live_key,
+    position_key,
+)
 from projector.fold import Tally
 from projector.projection import Change, Displaced
 from projector.stream import Position
@@ -33,8 +41,9 @@ class Live:
     failures: ClassVar[tuple[type[Exception], ...]] = (RedisError, OSError, TimeoutError)
     refusals: ClassVar[tuple[type[Exception], ...]] = ()
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, generation: str) -> None:
         self._redis = redis
+        self._generation = generation
         self._store = redis.register_script(_SCRIPT)
 
     @classmethod
@@ -45,19 +54,23 @@ class Live:
         # uses asyncio.wait_for, which in Python 3.11 can lose a cancellation; each question has its own limit.
         redis = Redis.from_url(redis_url, socket_connect_timeout=2, socket_timeout=None, retry=Retry(NoBackoff(), 0))
         try:
-            yield cls(redis)
+            async with asyncio.timeout(_SECONDS):
+                generation = await redis.get(GENERATION_KEY)
+            yield cls(redis, _generation(generation))
         finally:
             await redis.aclose()
 
     async def position(self) -> Position | None:
         async with asyncio.timeout(_SECONDS):
-            value = await self._redis.get(POSITION_KEY)
+            current, value = await self._redis.mget(GENERATION_KEY, position_key(self._generation))
+        if _generation(current) != self._generation:
+            raise Displaced("another copy is in use now")
         return Position(*map(int, value.split())) if value else None
 
     async def load(self, poll_ids: Sequence[str]) -> dict[str, Tally]:
         async with self._redis.pipeline(transaction=False) as pipeline:
             for poll_id in poll_ids:
-                pipeline.hmget(live_key(poll_id), "results", "counted")
+                pipeline.hmget(live_key(self._generation, poll_id), "results", "counted")
             async with asyncio.timeout(_SECONDS):
                 values = await pipeline.execute()
         found = zip(poll_ids, values, strict=True)
@@ -65,7 +78,7 @@ class Live:
 
     async def dead_letters(self) -> list[DeadLetter]:
         async with asyncio.timeout(_SECONDS):
-            values = await self._redis.hvals(DEAD_LETTERS_KEY)
+            values = await self._redis.hvals(dead_letters_key(self._generation))
         return [dead_letters.parse(value) for value in values]
 
     async def store(
@@ -75,19 +88,25 @@ class Live:
         old: Position | None,
         new: Position,
     ) -> None:
-        keys = [POSITION_KEY, DEAD_LETTERS_KEY, *(live_key(change.poll_id) for change in changes)]
-        arguments: list[str | bytes | int] = [_text(old), _text(new)]
+        copy = self._generation
+        polls = [live_key(copy, change.poll_id) for change in changes]
+        keys = [GENERATION_KEY, position_key(copy), dead_letters_key(copy), *polls]
+        arguments: list[str | bytes | int] = [copy, _text(old), _text(new)]
         for change in changes:
             results, counted = _results(change.poll_id, change.tally), b""
             if change.tally.hidden:
                 results, counted = hidden_results(change.tally.version), results
-            arguments += [change.before, change.tally.version, results, counted]
+            arguments += [change.before, change.tally.version, results, counted, live_channel(change.poll_id)]
         for poll_id, letter in letters.items():
             arguments += [poll_id, dead_letters.dump(letter) if letter else ""]
         async with asyncio.timeout(_SECONDS):
             unexpected = await self._store(keys=keys, args=arguments)
         if unexpected:
             raise Displaced(f"{unexpected.decode()} is not as this process left it")
+
+
+def _generation(value: Any) -> str:
+    return value.decode() if value else FIRST_GENERATION
 
 
 def _results(poll_id: str, tally: Tally) -> bytes:

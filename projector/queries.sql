@@ -1,11 +1,15 @@
--- position: how far into the stream the read database is
-SELECT stream_sequence, stored_at FROM stream_position
+-- copy: which copy of the read model this is: a rebuilt one has another table in this one's place
+SELECT 'stream_position'::regclass::oid
 
--- begin: the first position of a new read database; nothing where there is one already
+-- position: how far into the stream that copy is
+SELECT stream_sequence, stored_at FROM stream_position WHERE tableoid = $1
+
+-- begin: the first position of an empty copy; nothing where there is one already
 INSERT INTO stream_position (stream_sequence, stored_at) VALUES ($1, $2) ON CONFLICT DO NOTHING
 
--- move: the position, if it is still the one before
-UPDATE stream_position SET stream_sequence = $3, stored_at = $4 WHERE stream_sequence = $1 AND stored_at = $2
+-- move: the position, if it is still the one before, in the copy that it was read from
+UPDATE stream_position SET stream_sequence = $3, stored_at = $4
+WHERE stream_sequence = $1 AND stored_at = $2 AND tableoid = $5
 
 -- dead_letters: the events at which polls stand still
 SELECT poll_id::text, version, latest, stream_sequence, event_type, error, first_seen, data FROM dead_letters

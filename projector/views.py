@@ -37,6 +37,7 @@ sql = postgres.queries(__package__)
 _SECONDS = 30.0
 _SESSION = {
     "application_name": "projector views",
+    "search_path": "views",
     # A commit that a crash undoes is read from the stream again: its position is undone with it.
     "synchronous_commit": "off",
     "idle_in_transaction_session_timeout": "30s",
@@ -70,8 +71,9 @@ class Views:
     failures: ClassVar[tuple[type[Exception], ...]] = (*postgres.UNAVAILABLE, asyncpg.PostgresError)
     refusals: ClassVar[tuple[type[Exception], ...]] = (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError)
 
-    def __init__(self, connection: asyncpg.Connection) -> None:
+    def __init__(self, connection: asyncpg.Connection, copy: int) -> None:
         self._connection = connection
+        self._copy = copy
 
     @classmethod
     @asynccontextmanager
@@ -79,12 +81,12 @@ class Views:
         """Opens the read model for one session."""
         connection = await asyncpg.connect(read_dsn, timeout=5, command_timeout=_SECONDS, server_settings=_SESSION)
         try:
-            yield cls(connection)
+            yield cls(connection, await connection.fetchval(sql.copy))
         finally:
             connection.terminate()
 
     async def position(self) -> Position | None:
-        row = await self._connection.fetchrow(sql.position)
+        row = await self._connection.fetchrow(sql.position, self._copy)
         return Position(*row) if row else None
 
     async def load(self, poll_ids: Sequence[str]) -> dict[str, Tally]:
@@ -102,6 +104,14 @@ class Views:
         new: Position,
     ) -> None:
         async with self._connection.transaction():
+            # First, and so that everything after it is in the same copy: whoever replaces the copy by another one waits
+            # until nobody has changed this table and not committed yet.
+            if old is None:
+                moved = await self._connection.execute(sql.begin, *new)
+            else:
+                moved = await self._connection.execute(sql.move, *old, *new, self._copy)
+            if moved not in ("INSERT 0 1", "UPDATE 1"):
+                raise Displaced("the position is not the one that was stored")
             poll_nos = await self._store_polls(changes)
             if len(poll_nos) != len(changes):
                 raise Displaced("a poll is not at the version that this process left it at")
@@ -125,12 +135,6 @@ class Views:
                     await self._connection.execute(sql.keep_dead_letter, *letter)
                 else:
                     await self._connection.execute(sql.drop_dead_letter, poll_id)
-            if old is None:
-                moved = await self._connection.execute(sql.begin, *new)
-            else:
-                moved = await self._connection.execute(sql.move, *old, *new)
-            if moved not in ("INSERT 0 1", "UPDATE 1"):
-                raise Displaced("the position is not the one that was stored")
 
     async def _replace_votes(self, poll_no: int, event: Event) -> None:
         """The votes of an event some of which take the place of earlier ones."""

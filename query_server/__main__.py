@@ -47,7 +47,9 @@ async def main(stop: asyncio.Event) -> None:
 
 async def serve(settings: QuerySettings, stop: asyncio.Event, ready: Callable[[int], None]) -> None:
     """Serves until `stop`, also while Redis or the read database is away. `ready` gets the port."""
-    pool = await postgres.connect_pool(settings.read_dsn, size=CONNECTIONS, application="query_server", read_only=True)
+    pool = await postgres.connect_pool(
+        settings.read_dsn, size=CONNECTIONS, application="query_server", read_only=True, schema="views"
+    )
     redis = live.connect(settings.redis_url)
     views = Views(pool)
     results = LiveResults(redis, views)

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from importlib.resources import files
 from struct import error as StructError  # noqa: N812
 from typing import Any
 from uuid import UUID
@@ -17,7 +18,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from tally.query.v1.query_service_pb2 import GetResultsResponse
 
-from contracts.live import are_hidden, hidden_version, live_key
+from contracts.live import GENERATION_KEY, are_hidden, hidden_version
 from query_server.views import Views
 
 log = structlog.get_logger()
@@ -65,21 +66,13 @@ class LiveResults:
     """Results as the serialized GetResultsResponse that the projector made, not parsed on their way to the caller."""
 
     def __init__(self, redis: Redis, views: Views) -> None:
-        self._redis = redis
+        self._results = redis.register_script((files(__package__) / "live.lua").read_text())
         self._views = views
         self._left_alone_until = 0.0
 
     async def find(self, poll_id: UUID) -> bytes | None:
         """The newest results at hand, None if there is no such poll; STORE_FAILURES if neither store answers."""
-        try:
-            results: bytes | None = await self._ask(lambda: self._redis.hget(live_key(poll_id), "results"))
-        except FAILURES:
-            results = None
-        if results is None:
-            _fallbacks.inc()
-            stored = await self._views.newer_results({poll_id: 0})
-            _, results = stored.get(poll_id, (0, None))
-        return results
+        return (await self.find_all([poll_id])).get(poll_id)
 
     async def find_all(self, poll_ids: Sequence[UUID]) -> dict[UUID, bytes]:
         """The newest results at hand of those polls that exist; STORE_FAILURES where a store is needed and away."""
@@ -95,16 +88,8 @@ class LiveResults:
 
     async def counters(self, poll_ids: Sequence[UUID]) -> dict[UUID, bytes]:
         """The results that Redis has, in one round trip. Raises one of FAILURES."""
-
-        async def ask() -> list[Any]:
-            async with self._redis.pipeline(transaction=False) as pipeline:
-                for poll_id in poll_ids:
-                    pipeline.hget(live_key(poll_id), "results")
-                # What is wrong with one poll is no failure of the others.
-                return await pipeline.execute(raise_on_error=False)
-
-        found = zip(poll_ids, await self._ask(ask), strict=True)
-        return {poll_id: results for poll_id, results in found if isinstance(results, bytes)}
+        answer = await self._ask(lambda: self._results(keys=[GENERATION_KEY], args=list(map(str, poll_ids))))
+        return {poll_id: results for poll_id, results in zip(poll_ids, answer, strict=True) if results}
 
     def redis_is_back(self) -> None:
         """Somebody has heard from Redis: there is no reason to leave it alone any longer."""

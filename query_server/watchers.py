@@ -23,7 +23,7 @@ from tally.poll.v1.poll_pb2 import POLL_STATE_CANCELLED, POLL_STATE_CERTIFIED
 from tally.query.v1.query_service_pb2 import GetResultsResponse
 
 from contracts.failures import STORE_FAILURES
-from contracts.live import are_hidden, live_key
+from contracts.live import are_hidden, live_channel
 from contracts.refusals import Refusal, poll_not_found, results_hidden
 from query_server.freshness import behind
 from query_server.live import FAILURES, LiveResults, version_of
@@ -208,7 +208,7 @@ class Watchers:
 
     def current(self, poll_id: UUID) -> bytes | None:
         """The results of a watched poll, as fresh as those in Redis, because Redis tells of every change; else None."""
-        topic = self._topics.get(live_key(poll_id).encode())
+        topic = self._topics.get(live_channel(poll_id).encode())
         return topic.results if topic and topic.live else None
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -224,7 +224,7 @@ class Watchers:
                 task.cancel()
 
     def _topic(self, poll_id: UUID) -> Topic:
-        channel = live_key(poll_id).encode()
+        channel = live_channel(poll_id).encode()
         topic = self._topics.get(channel)
         if topic is None:
             topic = self._topics[channel] = Topic(poll_id, channel)

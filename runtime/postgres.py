@@ -37,7 +37,8 @@ T = TypeVar("T")
 POOL_SECONDS = 3.0
 
 _BLOCK = re.compile(r"^-- (\w+): .+$", re.MULTILINE)
-_MIGRATION_LOCK = 0x74616C6C79
+# Whoever changes a schema holds this advisory lock.
+MIGRATION_LOCK = 0x74616C6C79
 
 
 def queries(package: str, name: str = "queries.sql") -> SimpleNamespace:
@@ -46,10 +47,13 @@ def queries(package: str, name: str = "queries.sql") -> SimpleNamespace:
     return SimpleNamespace(**{block: sql.strip() for block, sql in zip(parts[1::2], parts[2::2], strict=True)})
 
 
-async def connect_pool(dsn: str, *, size: int, application: str, read_only: bool = False) -> asyncpg.Pool:
+async def connect_pool(
+    dsn: str, *, size: int, application: str, read_only: bool = False, schema: str = "public"
+) -> asyncpg.Pool:
     """A pool of up to `size` connections that is made even while the server is away; statements take 30 s at most."""
     settings = {
         "application_name": application,
+        "search_path": schema,
         "statement_timeout": "30s",
         # A transaction whose client vanished must not keep its locks.
         "idle_in_transaction_session_timeout": "10s",
@@ -92,14 +96,18 @@ async def check_durability(connection: asyncpg.Connection) -> None:
             log.error("the database is not durable: acknowledged changes can be lost", setting=setting, value=value)
 
 
-async def migrate(dsn: str, folder: Traversable) -> list[str]:
-    """Applies the numbered SQL files that this database does not have yet, each in a transaction; returns their names.
+async def migrate(dsn: str, folder: Traversable, schema: str = "public") -> list[str]:
+    """Applies the numbered SQL files that this schema does not have yet, each in a transaction; returns their names.
 
-    Safe to run from several processes at once, and again after a crash.
+    The schema is made where it is missing. Safe to run from several processes at once, and again after a crash.
     """
-    connection: asyncpg.Connection[Any] = await asyncpg.connect(dsn, timeout=10)
+    connection: asyncpg.Connection[Any] = await asyncpg.connect(
+        dsn, timeout=10, server_settings={"search_path": schema}
+    )
     try:
-        await connection.execute("SELECT pg_advisory_lock($1)", _MIGRATION_LOCK)
+        await connection.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK)
+        if not await connection.fetchval("SELECT to_regnamespace($1)", schema):
+            await connection.execute(f"CREATE SCHEMA {schema}")
         await connection.execute(
             "CREATE TABLE IF NOT EXISTS schema_migrations"
             " (name text PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())"

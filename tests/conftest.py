@@ -4,7 +4,6 @@ import itertools
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.resources import files
 from pathlib import Path
 
 import asyncpg
@@ -13,7 +12,8 @@ import pytest
 import redis.asyncio
 from nats.js import JetStreamContext
 
-from runtime import embedded, postgres
+from migrations import migrate_read, migrate_write
+from runtime import embedded
 from tests.system import System, running_system
 
 _numbers = itertools.count(1)
@@ -24,8 +24,8 @@ async def stores() -> AsyncIterator[embedded.Stores]:
     """The real servers. Their databases tally_write and tally_read are the migrated templates: connect to neither."""
     with tempfile.TemporaryDirectory(prefix="tally-") as directory:
         async with embedded.stores(Path(directory), ["tally_write", "tally_read"]) as running:
-            await postgres.migrate(running.dsn("tally_write"), files("migrations") / "write")
-            await postgres.migrate(running.dsn("tally_read"), files("migrations") / "read")
+            await migrate_write(running.dsn("tally_write"))
+            await migrate_read(running.dsn("tally_read"))
             yield running
 
 

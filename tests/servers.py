@@ -51,6 +51,11 @@ async def command_server(write_dsn: str) -> AsyncIterator[CommandServiceAsyncStu
         yield CommandServiceStub(channel)
 
 
+def views_of(read_dsn: str) -> str:
+    """The read database, as its read model `views` sees it."""
+    return f"{read_dsn}&search_path=views"
+
+
 async def sql(dsn: str, query: str, *arguments: object) -> list[asyncpg.Record]:
     """The rows of a query on a connection of its own."""
     connection = await asyncpg.connect(dsn)

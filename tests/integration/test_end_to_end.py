@@ -18,8 +18,8 @@ from tally.poll.v1.poll_pb2 import POLL_STATE_CLOSED, VOTING_METHOD_SINGLE_CHOIC
 from tally.query.v1 import query_service_pb2 as query
 from tally.query.v1.query_service_pb2 import RESULTS_SOURCE_LIVE_CACHE, Results
 
-from contracts.live import live_key
-from tests.servers import sql
+from contracts.live import FIRST_GENERATION, live_key
+from tests.servers import sql, views_of
 from tests.system import System
 
 OPTIONS = ("red", "green", "blue")
@@ -86,11 +86,11 @@ async def assert_all_stores_agree(system: System, poll_id: str, token: str) -> d
         logged.update(OPTIONS[number] for number in Event.FromString(row["payload"]).votes_cast.option_numbers)
 
     async with redis.asyncio.Redis.from_url(system["redis_url"]) as client:
-        stored: Any = client.hget(live_key(poll_id), "results")
+        stored: Any = client.hget(live_key(FIRST_GENERATION, poll_id), "results")
         live = query.GetResultsResponse.FromString(await stored).results
 
     [view] = await sql(
-        system["read_dsn"],
+        views_of(system["read_dsn"]),
         "SELECT *, (SELECT count(*) FROM votes WHERE votes.poll_no = polls.poll_no) AS votes FROM polls"
         " WHERE poll_id = $1::text::uuid",
         poll_id,

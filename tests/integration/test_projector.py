@@ -25,7 +25,7 @@ from tally.query.v1.query_service_pb2 import RESULTS_SOURCE_LIVE_CACHE, GetResul
 
 from contracts.bus import ALL_EVENTS, REPUBLISH, STREAM, VERSION_HEADER, event_subject
 from contracts.dead_letters import DeadLetter
-from contracts.live import POSITION_KEY, live_key
+from contracts.live import FIRST_GENERATION, live_channel, live_key, position_key
 from projector import projection
 from projector.__main__ import LiveSettings, ViewsSettings, live, views
 from projector.fold import advance
@@ -39,6 +39,7 @@ from runtime.embedded import Stores
 from tests.event_log import EventLog, WrittenPoll, event_log
 from tests.event_log import sql as log_sql
 from tests.processes import eventually, service
+from tests.servers import views_of
 
 Runner = Callable[[asyncio.Event], Awaitable[None]]
 
@@ -57,7 +58,7 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
 
 @pytest.fixture
 async def read(read_dsn: str) -> AsyncIterator[asyncpg.Connection]:
-    connection = await asyncpg.connect(read_dsn)
+    connection = await asyncpg.connect(views_of(read_dsn))
     yield connection
     await connection.close()
 
@@ -118,13 +119,13 @@ class Everything:
 
     async def results(self, poll: WrittenPoll) -> Results:
         """What Redis has of a poll."""
-        value = await self.redis.hget(live_key(poll.poll_id), "results")
+        value = await self.redis.hget(live_key(FIRST_GENERATION, poll.poll_id), "results")
         assert isinstance(value, bytes)
         return GetResultsResponse.FromString(value).results
 
     async def in_redis(self, poll: WrittenPoll) -> None:
         """Fails unless Redis has exactly what was written."""
-        assert await self.redis.hget(live_key(poll.poll_id), "version") == b"%d" % poll.version
+        assert await self.redis.hget(live_key(FIRST_GENERATION, poll.poll_id), "version") == b"%d" % poll.version
         results = await self.results(poll)
         assert [count.count for count in results.counts] == poll.counts
         assert [(count.option_id, count.label) for count in results.counts] == [
@@ -253,7 +254,7 @@ async def test_duplicates_disorder_and_holes_change_no_count(all_: Everything) -
             assert asked.get(str(polls[2].poll_id)) == 8
 
         await eventually(is_asked)
-        version = await all_.redis.hget(live_key(polls[2].poll_id), "version")
+        version = await all_.redis.hget(live_key(FIRST_GENERATION, polls[2].poll_id), "version")
         assert version == b"7"
         await all_.publish(polls[2], holed[7:])
         await all_.counted(*polls)
@@ -424,7 +425,7 @@ async def test_a_poll_that_vanished_from_redis_is_published_again(all_: Everythi
     async with running(all_.relay, all_.live):
         await log.cast(lost, votes=10)
         await all_.live_counted(lost, kept)
-        await all_.redis.delete(live_key(lost.poll_id))
+        await all_.redis.delete(live_key(FIRST_GENERATION, lost.poll_id))
         await log.cast(lost)
         await log.cast(kept)
         await all_.live_counted(lost, kept)
@@ -436,7 +437,7 @@ async def test_an_older_dump_of_redis_is_brought_up_to_date(all_: Everything) ->
     async with running(all_.relay, all_.live):
         await log.cast(poll, votes=10)
         await all_.live_counted(poll)
-        keys = [POSITION_KEY, live_key(poll.poll_id)]
+        keys = [position_key(FIRST_GENERATION), live_key(FIRST_GENERATION, poll.poll_id)]
         dump = [await all_.redis.dump(key) for key in keys]
         await log.cast(poll, votes=10)
         await all_.live_counted(poll)
@@ -688,11 +689,11 @@ async def test_watchers_hear_of_every_change_in_the_bytes_that_are_stored(all_: 
     heard: list[bytes] = []
     async with running(all_.relay, all_.live), all_.redis.pubsub() as channel:
         await all_.live_counted(poll)
-        await channel.subscribe(live_key(poll.poll_id))
+        await channel.subscribe(live_channel(poll.poll_id))
         for _ in range(20):
             await log.cast(poll, votes=2)
         await all_.live_counted(poll)
-        while not heard or heard[-1] != await all_.redis.hget(live_key(poll.poll_id), "results"):
+        while not heard or heard[-1] != await all_.redis.hget(live_key(FIRST_GENERATION, poll.poll_id), "results"):
             message = await channel.get_message(ignore_subscribe_messages=True, timeout=5)
             if message:
                 heard.append(message["data"])
@@ -710,7 +711,7 @@ async def test_a_vote_is_seen_soon(all_: Everything) -> None:
     loop = asyncio.get_running_loop()
     async with running(all_.relay, all_.live), all_.redis.pubsub() as channel:
         await all_.live_counted(poll)
-        await channel.subscribe(live_key(poll.poll_id))
+        await channel.subscribe(live_channel(poll.poll_id))
         for _ in range(6):
             # Long enough for the relay to look less often.
             await asyncio.sleep(0.3)

@@ -29,7 +29,7 @@ from tally.query.v1.query_service_pb2_grpc import QueryServiceStub
 from clients.connection import Address, QueryServer
 from clients.watchers import watch as watch_results
 from contracts.freshness import token
-from contracts.live import live_key
+from contracts.live import FIRST_GENERATION, live_channel, live_key
 from contracts.voters import VoterKeys
 from query_server import freshness, watchers
 from query_server import service as query_service
@@ -38,7 +38,7 @@ from query_server.__main__ import serve as serve_queries
 from runtime.embedded import Stores, free_port
 from tests.processes import service
 from tests.proxy import Proxy, proxy
-from tests.servers import VOTER_SECRET, Refused, refused, serving
+from tests.servers import VOTER_SECRET, Refused, refused, serving, views_of
 
 if TYPE_CHECKING:
     from tally.query.v1.query_service_pb2_grpc import QueryServiceAsyncStub
@@ -86,8 +86,8 @@ class ReadModels:
         """Moves a poll in Redis on, and tells the subscribers."""
         results = live_results(poll_id, version, **fields)
         async with self.live.pipeline(transaction=True) as pipeline:
-            pipeline.hset(live_key(poll_id), mapping={"version": version, "results": results})
-            pipeline.publish(live_key(poll_id), results)
+            pipeline.hset(live_key(FIRST_GENERATION, poll_id), mapping={"version": version, "results": results})
+            pipeline.publish(live_channel(poll_id), results)
             await pipeline.execute()
         return results
 
@@ -130,7 +130,7 @@ def live_results(
 @pytest.fixture
 async def models(read_dsn: str, redis_url: str) -> AsyncIterator[ReadModels]:
     async with (
-        asyncpg.create_pool(read_dsn, min_size=1, max_size=4) as pool,
+        asyncpg.create_pool(views_of(read_dsn), min_size=1, max_size=4) as pool,
         redis.asyncio.Redis.from_url(redis_url) as client,
     ):
         yield ReadModels(pool, client)
@@ -472,10 +472,10 @@ async def answers(call: Any) -> bool:
 
 async def test_a_wiped_read_database_is_unavailable(server: QueryServiceAsyncStub, models: ReadModels) -> None:
     poll_id = await models.poll()
-    await models.database.execute("ALTER SCHEMA public RENAME TO gone")
+    await models.database.execute("ALTER SCHEMA views RENAME TO gone")
     refusal = await refused(server.GetPoll(pb.GetPollRequest(poll_id=str(poll_id))))
     assert refusal.reason == "STORE_UNAVAILABLE"
-    await models.database.execute("ALTER SCHEMA gone RENAME TO public")
+    await models.database.execute("ALTER SCHEMA gone RENAME TO views")
     assert (await server.GetPoll(pb.GetPollRequest(poll_id=str(poll_id)))).poll.version == 1
 
 
@@ -571,7 +571,7 @@ async def test_fresh_results_wake_on_the_update(network: Network, models: ReadMo
 
 
 async def is_subscribed(models: ReadModels, poll_id: UUID) -> bool:
-    [(_, subscribers)] = await models.live.pubsub_numsub(live_key(poll_id))
+    [(_, subscribers)] = await models.live.pubsub_numsub(live_channel(poll_id))
     return bool(subscribers)
 
 
@@ -599,7 +599,7 @@ async def test_results_of_a_watched_poll_need_no_store(network: Network, models:
     watch = Watch(network.stub, poll_id)
     assert (await watch.next()).version == 2
     # What Redis has now it has told nobody.
-    await models.live.hset(live_key(poll_id), "results", live_results(poll_id, 9))
+    await models.live.hset(live_key(FIRST_GENERATION, poll_id), "results", live_results(poll_id, 9))
     assert (await get_results(network.stub, poll_id, token(poll_id, 2))).version == 2
     published = await models.publish(poll_id, 3)
     assert (await watch.next()).version == 3
@@ -698,11 +698,11 @@ async def test_versions_never_fall(server: QueryServiceAsyncStub, models: ReadMo
 
 async def test_what_is_no_result_is_ignored(server: QueryServiceAsyncStub, models: ReadModels) -> None:
     poll_id = await models.poll(version=2)
-    await models.live.hset(live_key(poll_id), "results", b"\xff\xff")
+    await models.live.hset(live_key(FIRST_GENERATION, poll_id), "results", b"\xff\xff")
     watch = Watch(server, poll_id)
     assert (await watch.next()).source == STORED
-    await models.live.publish(live_key(poll_id), b"\xff\xff")
-    await models.live.publish(live_key(poll_id), b"")
+    await models.live.publish(live_channel(poll_id), b"\xff\xff")
+    await models.live.publish(live_channel(poll_id), b"")
     await models.publish(poll_id, 3)
     assert (await watch.next()).version == 3
 
@@ -725,7 +725,7 @@ async def test_redis_has_one_subscription_whatever_the_number_of_watchers(
     await asyncio.gather(*(watch.next() for watch in watches))
     assert REGISTRY.get_sample_value("tally_query_watchers") == 50
     assert REGISTRY.get_sample_value("tally_query_topics") == 1
-    [(_, subscribers)] = await models.live.pubsub_numsub(live_key(poll_id))
+    [(_, subscribers)] = await models.live.pubsub_numsub(live_channel(poll_id))
     assert subscribers == 1
     await models.publish(poll_id, 2)
     assert {(await watch.next()).version for watch in watches} == {2}
@@ -750,7 +750,7 @@ async def test_a_slow_reader_gets_the_newest_and_no_backlog(server: QueryService
     # Far more than all buffers between server and client hold.
     last = 400
     for version in range(2, last + 1):
-        await models.live.publish(live_key(poll_id), live_results(poll_id, version, options=3000))
+        await models.live.publish(live_channel(poll_id), live_results(poll_id, version, options=3000))
     versions = await watch.up_to(last)
     assert len(versions) < last / 2
 
@@ -767,7 +767,7 @@ async def test_a_stuck_reader_is_sent_away(
     async def sent_away() -> bool:
         nonlocal version
         version += 1
-        await models.live.publish(live_key(poll_id), live_results(poll_id, version, options=20_000))
+        await models.live.publish(live_channel(poll_id), live_results(poll_id, version, options=20_000))
         return REGISTRY.get_sample_value("tally_query_watchers") == 0
 
     await until(sent_away, seconds=30)
@@ -982,7 +982,7 @@ async def test_workers_share_a_port(read_dsn: str, redis_url: str, models: ReadM
         ]
         assert {(await watch.next()).version for watch in watches} == {2}
         # Each process has a subscription of its own, and each watcher hears of each change.
-        [(_, subscribers)] = await models.live.pubsub_numsub(live_key(poll_id))
+        [(_, subscribers)] = await models.live.pubsub_numsub(live_channel(poll_id))
         assert subscribers == 2
         await models.publish(poll_id, 3)
         assert {(await watch.next()).version for watch in watches} == {3}

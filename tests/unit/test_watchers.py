@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 
-from contracts.live import live_key
+from contracts.live import live_channel
 from contracts.refusals import Refusal
 from query_server.live import LiveResults, connect
 from query_server.views import Views
@@ -35,7 +35,7 @@ async def hub() -> AsyncIterator[Watchers]:
 
 def new_topic() -> Topic:
     poll_id = uuid4()
-    return Topic(poll_id, live_key(poll_id).encode())
+    return Topic(poll_id, live_channel(poll_id).encode())
 
 
 def watcher_of(hub: Watchers, *topics: Topic, wanted: dict[UUID, int] | None = None, every: float = 0.0) -> Watcher:
