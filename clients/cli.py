@@ -32,6 +32,7 @@ from clients.options import (
 from clients.output import Output, console, plain, print_fields, print_json, say
 from clients.progress import Progress
 from clients.registering import Registration
+from clients.status import status
 from clients.voters import RollFile
 from clients.watchers import voting_method
 from clients.watchers import watch as watch_results
@@ -47,6 +48,7 @@ app = typer.Typer(
     help="Tally: durable votes, exact counts, live results.",
 )
 app.add_typer(polls.app, name="poll")
+app.command()(status)
 
 
 def main() -> None:

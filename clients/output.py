@@ -32,7 +32,8 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def plain(message: Message) -> dict[str, Any]:
-    """A message as JSON data: proto field names, every field present, enums by name, int64 as numbers."""
+    """A message as JSON data: proto field names, every field present, enums by name, int64 as numbers. An optional
+    field that is absent is null: its 0 would be a value."""
     data: dict[str, Any] = MessageToDict(
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
@@ -68,7 +69,9 @@ def _numbers(descriptor: Any, data: dict[str, Any]) -> None:
     """Turns int64 back from the strings that protobuf's JSON makes of them, in place."""
     for field in descriptor.fields:
         value = data.get(field.name)
-        if field.cpp_type in _LONG:
+        if value is None and field.has_presence and not field.message_type:
+            data[field.name] = None
+        elif field.cpp_type in _LONG:
             data[field.name] = [int(v) for v in value] if isinstance(value, list) else int(value or 0)
         elif field.message_type:
             for part in value if isinstance(value, list) else [value]:

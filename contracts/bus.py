@@ -6,6 +6,8 @@ from uuid import UUID
 STREAM = "TALLY_EVENTS"
 ALL_EVENTS = "tally.events.>"
 REPUBLISH = "tally.republish"
+# Where relays tell each second what waits in the outbox: a serialized tally.query.v1.OutboxStatus.
+OUTBOX_REPORTS = "tally.outbox.*"
 
 # No event is larger: a poll's definition has at most 1.3 MB, and a batch of votes comes from requests of at most 4 MiB.
 # The NATS servers' max_payload must allow it; their default of 1 MiB does not.
@@ -20,6 +22,11 @@ MESSAGE_ID_HEADER = "Nats-Msg-Id"
 def event_subject(shard: int, poll_id: UUID) -> str:
     """Where the events of a poll are published."""
     return f"tally.events.{shard}.{poll_id}"
+
+
+def outbox_report_subject(shard: int) -> str:
+    """Where the relay of a shard says what waits in its outbox."""
+    return f"tally.outbox.{shard}"
 
 
 def republish_request(poll_id: UUID, from_version: int) -> bytes:

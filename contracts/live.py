@@ -19,6 +19,10 @@ from uuid import UUID
 GENERATION_KEY = "tally:live:generation"
 FIRST_GENERATION = "0"
 
+# What the projector says of itself and of the copy in use: a serialized tally.query.v1.GetReadModelStatusResponse; see
+# contracts/status.py.
+STATUS_KEY = "tally:live:status"
+
 
 def position_key(generation: str) -> str:
     """How far into the stream a copy is; see migrations/read/views/0001_views.sql, stream_position."""

@@ -20,6 +20,7 @@ from contracts.freshness import token
 from contracts.live import (
     FIRST_GENERATION,
     GENERATION_KEY,
+    STATUS_KEY,
     dead_letters_key,
     hidden_results,
     live_channel,
@@ -103,6 +104,10 @@ class Live:
             unexpected = await self._store(keys=keys, args=arguments)
         if unexpected:
             raise Displaced(f"{unexpected.decode()} is not as this process left it")
+
+    async def report(self, status: bytes) -> None:
+        async with asyncio.timeout(_SECONDS):
+            await self._redis.set(STATUS_KEY, status)
 
 
 def _generation(value: Any) -> str:

@@ -18,14 +18,18 @@ import structlog
 from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 from nats.aio.client import Client
+from nats.errors import Error as NatsError
+from nats.js.errors import NotFoundError
 from prometheus_client import Counter, Gauge
 from tally.event.v1.event_pb2 import Event
 
 from contracts.bus import REPUBLISH, republish_request
 from contracts.dead_letters import MAX_DATA_BYTES, MAX_ERROR_CHARACTERS, UNREADABLE, DeadLetter
+from contracts.status import REPORT_SECONDS
 from projector import stream
 from projector.fold import Tally, advance, fold
 from projector.gaps import Gaps
+from projector.progress import Progress
 from projector.stream import BEGINNING, Message, Position
 from runtime import nats
 from runtime.failpoints import failpoint
@@ -53,8 +57,6 @@ _requests = Counter("tally_projector_republish_requests", "Requests to publish e
 _parked = Gauge("tally_projector_parked_polls", "Polls that stand still at an event, a dead letter.", _LABELS)
 _parkings = Counter("tally_projector_parkings", "Times that an event could not be applied.", _LABELS)
 _strays = Counter("tally_projector_stray_messages", "Messages on the stream that are no poll's events.", _LABELS)
-_pending = Gauge("tally_projector_pending_messages", "Messages in the stream that are not applied yet.", _LABELS)
-_behind = Gauge("tally_projector_seconds_behind", "Age of the latest applied event when it was applied.", _LABELS)
 _failures = Counter("tally_projector_failures", "Sessions that ended by a failure.", _LABELS)
 
 
@@ -106,6 +108,9 @@ class ReadModel(Protocol):
         Raises Displaced, and then nothing is stored, where the position is not `old` or a poll is not at the version
         before its change."""
 
+    async def report(self, status: bytes) -> None:
+        """Keeps what its projector says of itself, for readers: a GetReadModelStatusResponse."""
+
 
 class Projection:
     """Keeps one read model up to the stream; `connect` opens its store, `ready` is called when events are applied."""
@@ -123,25 +128,55 @@ class Projection:
         self._ready = ready
         # Whether the polls that stood still when this process began were tried again.
         self._retried = False
+        self._progress = Progress(kind.name)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Applies events until `stop` is set and the batch at hand is stored."""
+        async with asyncio.TaskGroup() as tasks:
+            reporting = tasks.create_task(self._report())
+            await self._project(stop)
+            reporting.cancel()
+
+    async def _project(self, stop: asyncio.Event) -> None:
         application = f"projector {self._kind.name}"
         expected: tuple[type[Exception], ...] = (*nats.UNAVAILABLE, *self._kind.failures, Displaced)
         backoff = Backoff(longest=1.0)
         while not stop.is_set():
             started = time.monotonic()
             try:
-                async with nats.connect(self._nats_url, application=application) as bus, self._connect() as model:
-                    await _Session(model, bus, self._begun).run(stop, retry=not self._retried)
+                async with (
+                    nats.connect(self._nats_url, application=application) as bus,
+                    self._connect() as model,
+                    asyncio.TaskGroup() as tasks,
+                ):
+                    looking = tasks.create_task(self._progress.look(bus))
+                    session = _Session(model, bus, self._progress, self._begun)
+                    await session.run(stop, retry=not self._retried)
+                    looking.cancel()
             except* expected as failures:
                 if time.monotonic() - started > _GOOD_SESSION_SECONDS:
                     backoff.reset()
                 _failures.labels(self._kind.name).inc()
+                self._progress.interrupted(_cause(failures))
                 log.warning("projecting failed", errors=reasons(failures), failures=backoff.failures + 1)
             else:
                 continue
             # Not within except*, which would wrap a cancellation into a group.
+            await backoff.wait()
+
+    async def _report(self) -> None:
+        """Stores the progress each second, until cancelled: also while there is no session, which is worth knowing."""
+        backoff = Backoff(first=REPORT_SECONDS)
+        while True:
+            try:
+                async with self._connect() as model:
+                    while True:
+                        await model.report(self._progress.report().SerializeToString())
+                        backoff.reset()
+                        await asyncio.sleep(REPORT_SECONDS)
+            except self._kind.failures as failure:
+                self._progress.report()
+                log.warning("the status cannot be stored", error=repr(failure))
             await backoff.wait()
 
     def _begun(self) -> None:
@@ -152,9 +187,10 @@ class Projection:
 class _Session:
     """One uninterrupted reading of the stream into the read model; `begun` is called when events are applied."""
 
-    def __init__(self, model: ReadModel, bus: Client, begun: Callable[[], None]) -> None:
+    def __init__(self, model: ReadModel, bus: Client, progress: Progress, begun: Callable[[], None]) -> None:
         self._model = model
         self._bus = bus
+        self._progress = progress
         self._begun = begun
         self._tallies = _Tallies()
         self._gaps = Gaps()
@@ -164,6 +200,8 @@ class _Session:
         # What the read model holds, and how far the stream is read.
         self._stored = self._reached = BEGINNING
         self._checked_at = 0.0
+        # When the latest of the applied events was recorded, in Unix seconds.
+        self._recorded_at = 0.0
 
     async def run(self, stop: asyncio.Event, *, retry: bool) -> None:
         """Applies events until `stop`; with `retry`, those first at which polls stand still."""
@@ -187,6 +225,13 @@ class _Session:
                 else:
                     await self._check()
                 await self._ask()
+                self._progress.applied(
+                    self._gaps.before_all or self._reached,
+                    self._recorded_at,
+                    everything=not messages or not messages[-1].pending,
+                    gapped=len(self._gaps),
+                    parked=len(self._parked),
+                )
 
     async def _reopen(self, retry: bool) -> None:
         """Asks for what comes next of the polls that stood still and go on; with `retry`, of all that stand still."""
@@ -210,7 +255,7 @@ class _Session:
         failpoint("projector.after_store")
         for change in changes:
             self._tallies.keep(change.poll_id, change.tally)
-        self._measure(changes, messages[-1].pending)
+        self._measure(changes)
 
     def _decode(self, messages: Sequence[Message]) -> dict[str, list[_Received]]:
         """The events by poll."""
@@ -331,16 +376,12 @@ class _Session:
         _parkings.labels(self._model.name).inc()
         log.error("poll parked", poll_id=poll_id, version=version, event_type=event_type, reason=error)
 
-    def _measure(self, changes: Sequence[Change], pending: int) -> None:
+    def _measure(self, changes: Sequence[Change]) -> None:
         name = self._model.name
-        latest = 0.0
         for change in changes:
             _events.labels(name).inc(len(change.events))
             _votes.labels(name).inc(sum(len(event.votes_cast.option_numbers) for event in change.events))
-            latest = max(latest, change.tally.as_of.seconds + change.tally.as_of.nanos / 1e9)
-        if latest:
-            _behind.labels(name).set(max(time.time() - latest, 0.0))
-        _pending.labels(name).set(pending)
+            self._recorded_at = max(self._recorded_at, change.tally.as_of.ToNanoseconds() / 1e9)
         _open_gaps.labels(name).set(len(self._gaps))
         _parked.labels(name).set(len(self._parked))
 
@@ -369,6 +410,19 @@ class _Tallies:
         tally = self._tallies.pop(poll_id, None)
         if tally is not None:
             self._options -= len(tally.options)
+
+
+def _cause(failures: BaseExceptionGroup[BaseException]) -> str:
+    """What interrupted a session, in words that may leave this process: who failed, and how it is called."""
+    failure: BaseException = failures
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    if isinstance(failure, Displaced):
+        return str(failure)
+    if isinstance(failure, NotFoundError):
+        return "there is no stream"
+    who = "NATS" if isinstance(failure, NatsError) else "the store"
+    return f"{who} failed: {type(failure).__name__}"
 
 
 def _event(message: Message, poll_id: str) -> Event | None:

@@ -85,3 +85,7 @@ INSERT INTO turnout (poll_no, start_time, votes)
 SELECT poll_no, start_time, votes
 FROM unnest($1::integer[], $2::timestamptz[], $3::bigint[]) AS new (poll_no, start_time, votes)
 ON CONFLICT (poll_no, start_time) DO UPDATE SET votes = turnout.votes + excluded.votes
+
+-- report: what the projector of a read model says of itself
+INSERT INTO projector_status (read_model, status) VALUES ($1, $2)
+ON CONFLICT (read_model) DO UPDATE SET status = excluded.status

@@ -136,6 +136,9 @@ class Views:
                 else:
                     await self._connection.execute(sql.drop_dead_letter, poll_id)
 
+    async def report(self, status: bytes) -> None:
+        await self._connection.execute(sql.report, self.name, status)
+
     async def _replace_votes(self, poll_no: int, event: Event) -> None:
         """The votes of an event some of which take the place of earlier ones."""
         keys = [UUID(bytes=key) for (key,) in _KEY.iter_unpack(event.votes_cast.voter_keys)]

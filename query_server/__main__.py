@@ -13,6 +13,7 @@ from contracts.voters import VoterKeys
 from query_server import live
 from query_server.live import LiveResults
 from query_server.service import QueryService
+from query_server.status import Status
 from query_server.views import CONNECTIONS, Views
 from query_server.watchers import Watchers
 from runtime import lifecycle, postgres, serving, telemetry, workers
@@ -54,7 +55,7 @@ async def serve(settings: QuerySettings, stop: asyncio.Event, ready: Callable[[i
     views = Views(pool)
     results = LiveResults(redis, views)
     watchers = Watchers(redis, results, views)
-    service = QueryService(views, results, watchers, VoterKeys(settings.voter_secret))
+    service = QueryService(views, results, watchers, Status(results, views), VoterKeys(settings.voter_secret))
 
     server = serving.new_server(share_port=settings.worker, max_connection_age=settings.max_connection_age)
     serving.add_service(server, add_QueryServiceServicer_to_server, service, status_of)

@@ -18,7 +18,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from tally.query.v1.query_service_pb2 import GetResultsResponse
 
-from contracts.live import GENERATION_KEY, are_hidden, hidden_version
+from contracts.live import GENERATION_KEY, STATUS_KEY, are_hidden, hidden_version
 from query_server.views import Views
 
 log = structlog.get_logger()
@@ -66,6 +66,7 @@ class LiveResults:
     """Results as the serialized GetResultsResponse that the projector made, not parsed on their way to the caller."""
 
     def __init__(self, redis: Redis, views: Views) -> None:
+        self._redis = redis
         self._results = redis.register_script((files(__package__) / "live.lua").read_text())
         self._views = views
         self._left_alone_until = 0.0
@@ -90,6 +91,11 @@ class LiveResults:
         """The results that Redis has, in one round trip. Raises one of FAILURES."""
         answer = await self._ask(lambda: self._results(keys=[GENERATION_KEY], args=list(map(str, poll_ids))))
         return {poll_id: results for poll_id, results in zip(poll_ids, answer, strict=True) if results}
+
+    async def status(self) -> bytes | None:
+        """What the projector says of itself, as it has stored it. Raises one of FAILURES."""
+        status: bytes | None = await self._ask(lambda: self._redis.get(STATUS_KEY))
+        return status
 
     def redis_is_back(self) -> None:
         """Somebody has heard from Redis: there is no reason to leave it alone any longer."""

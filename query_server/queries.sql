@@ -25,3 +25,6 @@ JOIN polls USING (poll_id) WHERE polls.version > known.version
 SELECT polls.version, votes.version AS vote_version, votes.recorded_at
 FROM polls LEFT JOIN votes ON votes.poll_no = polls.poll_no AND votes.voter_key = $2
 WHERE poll_id = $1
+
+-- statuses: what the projectors of this database say of themselves
+SELECT read_model, status FROM projector_status

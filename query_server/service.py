@@ -14,6 +14,7 @@ from contracts.refusals import Refusal, invalid_request, poll_not_found, results
 from contracts.voters import VoterKeys
 from query_server.freshness import caught_up, patience, wanted
 from query_server.live import LiveResults, version_of
+from query_server.status import Status
 from query_server.views import MAX_ANSWER_BYTES, Views
 from query_server.watchers import Watchers
 
@@ -26,10 +27,11 @@ STUCK = 30.0
 class QueryService(QueryServiceServicer):
     """Reads. See protos/tally/query/v1/query_service.proto for what each promises."""
 
-    def __init__(self, views: Views, live: LiveResults, watchers: Watchers, voters: VoterKeys) -> None:
+    def __init__(self, views: Views, live: LiveResults, watchers: Watchers, status: Status, voters: VoterKeys) -> None:
         self._views = views
         self._live = live
         self._watchers = watchers
+        self._status = status
         self._voters = voters
 
     async def GetPoll(self, request: pb.GetPollRequest, context: Context) -> pb.GetPollResponse:
@@ -105,7 +107,7 @@ class QueryService(QueryServiceServicer):
     async def GetReadModelStatus(
         self, request: pb.GetReadModelStatusRequest, context: Context
     ) -> pb.GetReadModelStatusResponse:
-        return pb.GetReadModelStatusResponse()
+        return await self._status.read()
 
 
 async def _write(context: Context, results: bytes) -> None:

@@ -91,6 +91,11 @@ class Views:
                 page.polls.append(poll)
         return page
 
+    async def statuses(self) -> dict[str, bytes]:
+        """What the projectors of this database say of themselves, by read model."""
+        rows = await self._fetch(sql.statuses)
+        return {row["read_model"]: row["status"] for row in rows}
+
     async def _fetch(self, query: str, *arguments: object) -> list[Any]:
         async with self._connection() as connection:
             rows: list[Any] = await connection.fetch(query, *arguments)

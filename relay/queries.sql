@@ -20,11 +20,12 @@ SELECT outbox_id, poll_id, version, recorded_at, payload FROM sized
 WHERE bytes - octet_length(payload) < $5
 ORDER BY outbox_id
 
--- outbox_state: how many events wait, and when the first of them was recorded
-SELECT count(*) AS depth, (
-    SELECT recorded_at FROM outbox JOIN events USING (poll_no, version)
+-- backlog: how many events wait, and for how many seconds the first of them has
+SELECT count(*) AS events, (
+    SELECT greatest(extract(epoch FROM clock_timestamp() - recorded_at), 0)::float8
+    FROM outbox JOIN events USING (poll_no, version)
     WHERE poll_no % $1::integer = $2::integer ORDER BY outbox_id LIMIT 1
-) AS oldest
+) AS oldest_seconds
 FROM outbox WHERE poll_no % $1::integer = $2::integer
 
 -- lock_poll: a poll of this shard, locked so that no event is appended until the transaction ends

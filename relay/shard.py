@@ -7,7 +7,6 @@ begins anew from what the outbox holds. So there is one way to recover, whatever
 import asyncio
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 
 import asyncpg
 import structlog
@@ -16,6 +15,7 @@ from prometheus_client import Counter, Gauge
 
 from contracts.bus import MAX_EVENT_BYTES
 from relay import outbox
+from relay.backlog import Backlog
 from relay.outbox import Outbox
 from relay.repair import Repair
 from relay.stream import Stream
@@ -24,13 +24,11 @@ from runtime.failpoints import failpoint
 from runtime.lifecycle import Backoff, reasons
 
 log = structlog.get_logger()
-sql = postgres.queries(__package__)
 
 _STANDBY_SECONDS = 0.5
 # Between two looks into an empty outbox: short after an event, longer while nothing happens.
 _SHORTEST_PAUSE_SECONDS = 0.002
 _LONGEST_PAUSE_SECONDS = 0.020
-_WATCH_SECONDS = 5.0
 # A session that lasted this long was a good one: the next pause is a short one.
 _GOOD_SESSION_SECONDS = 10.0
 
@@ -41,8 +39,6 @@ _published = Counter("tally_relay_published_events", "Events that the stream has
 _published_bytes = Counter("tally_relay_published_bytes", "Their size.", ["shard"])
 _publish_seconds = Counter("tally_relay_publish_seconds", "Time spent waiting for the stream.", ["shard"])
 _failures = Counter("tally_relay_failures", "Sessions that ended by a failure.", ["shard"])
-_depth = Gauge("tally_outbox_events", "Events that wait in the outbox; counted while leading.", ["shard"])
-_age = Gauge("tally_outbox_oldest_seconds", "Age of the first waiting event; measured while leading.", ["shard"])
 
 
 class Shard:
@@ -57,10 +53,17 @@ class Shard:
         self._shard = shard
         self._shards = shards
         self._ready = ready
+        self._backlog = Backlog(pool, shard, shards)
         self._leads = _leads.labels(shard)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Relays until `stop` is set; then what is under way is finished and nothing acknowledged is left behind."""
+        async with asyncio.TaskGroup() as tasks:
+            measuring = tasks.create_task(self._backlog.measure())
+            await self._relay(stop)
+            measuring.cancel()
+
+    async def _relay(self, stop: asyncio.Event) -> None:
         backoff = Backoff(longest=1.0)
         while not stop.is_set():
             started = time.monotonic()
@@ -105,7 +108,8 @@ class Shard:
                     beside = [
                         tasks.create_task(repair.answer_requests()),
                         tasks.create_task(repair.check_tails()),
-                        tasks.create_task(self._watch()),
+                        tasks.create_task(self._backlog.report(connection)),
+                        tasks.create_task(stream.keep_watch()),
                     ]
                     await self._publish(events, stream, stop)
                     for task in beside:
@@ -134,12 +138,3 @@ class Shard:
             _publish_seconds.labels(self._shard).inc(time.monotonic() - started)
             _published.labels(self._shard).inc(len(chunk))
             _published_bytes.labels(self._shard).inc(sum(len(event.data) for event in chunk))
-
-    async def _watch(self) -> None:
-        while True:
-            async with self._pool.acquire() as connection:
-                state = await connection.fetchrow(sql.outbox_state, self._shards, self._shard)
-            _depth.labels(self._shard).set(state["depth"])
-            age = (datetime.now(UTC) - state["oldest"]).total_seconds() if state["oldest"] else 0.0
-            _age.labels(self._shard).set(age)
-            await asyncio.sleep(_WATCH_SECONDS)

@@ -3,12 +3,22 @@
 import asyncio
 import json
 from collections.abc import Sequence
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
 import structlog
+from nats import errors as nats_errors
 from nats.aio.client import Client
-from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, RetentionPolicy, StorageType, StreamConfig
+from nats.js.api import (
+    AckPolicy,
+    ConsumerConfig,
+    DeliverPolicy,
+    RetentionPolicy,
+    StorageType,
+    StreamConfig,
+    StreamInfo,
+)
 from nats.js.errors import APIError, NotFoundError
 
 from contracts.bus import ALL_EVENTS, MESSAGE_ID_HEADER, STREAM, VERSION_HEADER, event_subject
@@ -22,6 +32,19 @@ _SECONDS = 5.0
 _NO_LIMIT: Any = None
 # How long JetStream remembers message ids: a relay that takes over publishes the last events of the other once more.
 _DUPLICATE_WINDOW_SECONDS = 120.0
+_WATCH_SECONDS = 1.0
+
+
+class Damaged(nats_errors.Error):
+    """The stream was made anew, or lost messages, since the session began: the next one compares it with the log."""
+
+
+class _Traces(NamedTuple):
+    """What changes when messages vanish from a stream that keeps them."""
+
+    created: datetime | None
+    first_sequence: int
+    deleted: int
 
 
 class Stream:
@@ -33,21 +56,33 @@ class Stream:
         self._shard = shard
         # Whether the stream drops old messages by itself.
         self.discards = False
+        self._traces: _Traces | None = None
 
     async def ensure(self) -> None:
         """Creates the stream, or adds to an existing one what is needed; its limits stay as the operator set them."""
         async with asyncio.timeout(_SECONDS):
             try:
-                config = (await self._jetstream.stream_info(STREAM)).config
+                info = await self._jetstream.stream_info(STREAM)
             except NotFoundError:
                 config = StreamConfig(name=STREAM, storage=StorageType.FILE, retention=RetentionPolicy.LIMITS)
                 info = await self._jetstream.add_stream(_required(config))
                 log.info("stream created", stream=STREAM, created=str(info.created))
-                return
+            self._traces = _traces(info)
+            config = info.config
             self.discards = any(limit and limit > 0 for limit in (config.max_age, config.max_bytes, config.max_msgs))
             if config != _required(config):
                 await self._jetstream.update_stream(_required(config))
                 log.info("stream updated", stream=STREAM)
+
+    async def keep_watch(self) -> None:
+        """Looks each second, until cancelled. Raises Damaged, or NotFoundError, where something happened to the stream
+        since `ensure`: also while there is nothing to publish."""
+        while True:
+            async with asyncio.timeout(_SECONDS):
+                traces = _traces(await self._jetstream.stream_info(STREAM))
+            if traces != self._traces and not self.discards:
+                raise Damaged(f"the stream was {self._traces} and is {traces}")
+            await asyncio.sleep(_WATCH_SECONDS)
 
     async def publish(self, events: Sequence[OutboxEvent]) -> None:
         """Returns once all events are stored, in this order. Raises if that is unknown; then a later event of the list
@@ -111,6 +146,11 @@ class Stream:
 
     def _subject(self, event: OutboxEvent) -> str:
         return event_subject(self._shard, event.poll_id)
+
+
+def _traces(info: StreamInfo) -> _Traces:
+    # The first sequence of an empty stream is 0 or 1, depending on its past.
+    return _Traces(info.created, max(info.state.first_seq, 1), info.state.num_deleted or 0)
 
 
 def _required(config: StreamConfig) -> StreamConfig:

@@ -21,6 +21,10 @@ _BUFFER_BYTES = 32 << 20
 UNAVAILABLE = (OSError, TimeoutError, nats.errors.Error)
 
 
+class Unreachable(nats.errors.Error):
+    """No server takes a connection; not an OSError, which might be another server's."""
+
+
 @asynccontextmanager
 async def connect(url: str, *, application: str) -> AsyncIterator[Client]:
     """A connection to one of the servers of `url` (several are separated by commas).
@@ -35,20 +39,23 @@ async def connect(url: str, *, application: str) -> AsyncIterator[Client]:
         closed.set()
 
     try:
-        async with asyncio.timeout(_CONNECT_SECONDS):
-            await client.connect(
-                url.split(","),
-                name=application,
-                # The library's reconnecting would send what it buffered for the old connection into the new one.
-                allow_reconnect=False,
-                max_reconnect_attempts=-1,
-                reconnect_time_wait=1,
-                connect_timeout=2,
-                ping_interval=_PING_SECONDS,
-                pending_size=_BUFFER_BYTES,
-                error_cb=_on_error,
-                closed_cb=on_closed,
-            )
+        try:
+            async with asyncio.timeout(_CONNECT_SECONDS):
+                await client.connect(
+                    url.split(","),
+                    name=application,
+                    # The library's reconnecting would send what it buffered for the old connection into the new one.
+                    allow_reconnect=False,
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=1,
+                    connect_timeout=2,
+                    ping_interval=_PING_SECONDS,
+                    pending_size=_BUFFER_BYTES,
+                    error_cb=_on_error,
+                    closed_cb=on_closed,
+                )
+        except (OSError, TimeoutError) as error:
+            raise Unreachable(repr(error)) from error
         async with asyncio.TaskGroup() as tasks:
             watch = tasks.create_task(_fail_when(closed))
             yield client

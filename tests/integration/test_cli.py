@@ -614,12 +614,14 @@ async def test_servers_are_found_in_three_ways(cli: Cli, tmp_path: Path) -> None
 
 
 async def test_a_server_that_is_away_is_named(cli: Cli) -> None:
-    commands, queries = await asyncio.gather(
+    commands, *queries = await asyncio.gather(
         cli.refused("vote", str(uuid4()), "anna", "yes", "--command-address", NOBODY),
         cli.refused("results", str(uuid4()), TALLY_QUERY_ADDRESS=NOBODY),
+        cli.refused("status", "--query-address", NOBODY),
     )
     assert commands.startswith(f"UNAVAILABLE: the command server at {NOBODY} does not answer")
-    assert queries.startswith(f"UNAVAILABLE: the query server at {NOBODY} does not answer")
+    for refusal in queries:
+        assert refusal.startswith(f"UNAVAILABLE: the query server at {NOBODY} does not answer")
 
 
 async def test_a_command_whose_answer_is_lost_takes_effect_once(cli: Cli) -> None:

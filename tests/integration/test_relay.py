@@ -233,6 +233,26 @@ async def test_a_stream_that_vanishes_is_made_again_with_the_head_of_each_poll(
         await drained(log)
 
 
+async def test_what_happens_to_the_stream_is_noticed_while_nothing_else_happens(
+    log: EventLog, write_dsn: str, nats_url: str, bus: Client
+) -> None:
+    polls = [await log.poll() for _ in range(3)]
+    stream: JetStreamContext = bus.jetstream()
+    async with relaying(write_dsn, nats_url):
+        await drained(log)
+
+        async def heads() -> None:
+            now = await published(bus)
+            assert [now.versions(poll)[-1:] for poll in polls] == [[2]] * 3
+
+        await stream.delete_stream(STREAM)
+        await eventually(heads)
+        await drained(log)
+        # Its last message stays: only another poll's are missing.
+        await stream.purge_stream(STREAM, subject=event_subject(0, polls[0].poll_id))
+        await eventually(heads)
+
+
 async def test_the_end_of_the_stream_is_compared_with_the_log(
     log: EventLog, write_dsn: str, nats_url: str, bus: Client
 ) -> None:

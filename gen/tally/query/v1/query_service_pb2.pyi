@@ -632,6 +632,7 @@ class GetReadModelStatusResponse(message.Message):
     READ_MODELS_FIELD_NUMBER: builtins.int
     OUTBOX_FIELD_NUMBER: builtins.int
     STREAM_FIELD_NUMBER: builtins.int
+    ANSWERED_AT_FIELD_NUMBER: builtins.int
     @builtins.property
     def read_models(self) -> containers.RepeatedCompositeFieldContainer[ReadModelStatus]:
         """read_models has one entry for each read model: live, the counters in Redis, then those in the read database."""
@@ -644,16 +645,21 @@ class GetReadModelStatusResponse(message.Message):
     def stream(self) -> StreamStatus:
         """stream is the stream of events between the relay and the projectors; absent where nobody has seen it."""
 
+    @builtins.property
+    def answered_at(self) -> timestamp_pb2.Timestamp:
+        """answered_at is the query server's clock: how old each report is."""
+
     def __init__(
         self,
         *,
         read_models: abc.Iterable[ReadModelStatus] | None = ...,
         outbox: abc.Iterable[OutboxStatus] | None = ...,
         stream: StreamStatus | None = ...,
+        answered_at: timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["stream", b"stream"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["answered_at", b"answered_at", "stream", b"stream"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["outbox", b"outbox", "read_models", b"read_models", "stream", b"stream"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["answered_at", b"answered_at", "outbox", b"outbox", "read_models", b"read_models", "stream", b"stream"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -684,8 +690,8 @@ class ReadModelStatus(message.Message):
     the stream together; events that are published a second time count again. Absent: unknown.
     """
     seconds_behind: builtins.float
-    """seconds_behind is for how long there has been an event that the read model does not contain, at most; 0 where it
-    contains all. Absent: unknown.
+    """seconds_behind is how old the latest state is that the read model is known to contain completely; 0 where it
+    contains every event. It grows while a process on the way is silent, and would know. Absent: unknown.
     """
     parked_polls: builtins.int
     """parked_polls are polls that stand still because of an event that cannot be applied; absent: unknown."""

@@ -1,0 +1,138 @@
+"""What a projector knows of its own way through the stream: told to readers each second, and to Prometheus."""
+
+import asyncio
+import math
+import time
+from datetime import UTC
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from google.protobuf.timestamp_pb2 import Timestamp
+from nats import errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from prometheus_client import Gauge
+from tally.query.v1.query_service_pb2 import (
+    READ_MODEL_STATE_INTERRUPTED,
+    READ_MODEL_STATE_READING,
+    GetReadModelStatusResponse,
+    OutboxStatus,
+    ReadModelStatus,
+    StreamStatus,
+)
+
+from contracts.bus import OUTBOX_REPORTS, STREAM
+from contracts.status import REPORT_SECONDS, now
+from projector.stream import Position
+
+_SECONDS = 5.0
+# The library's own limits use asyncio.wait_for, which in Python 3.11 can lose a cancellation.
+_NO_LIMIT: Any = None
+
+_LABELS = ["read_model"]
+_reading = Gauge("tally_projector_reading", "1 while the stream is read, 0 while something prevents it.", _LABELS)
+_sequence = Gauge("tally_projector_stream_sequence", "The last message of the stream that is applied.", _LABELS)
+_pending = Gauge(
+    "tally_projector_pending_messages", "Messages in the stream that are not applied yet; NaN while unknown.", _LABELS
+)
+_behind = Gauge(
+    "tally_projector_seconds_behind", "Age of the latest state that is known to be applied; NaN: unknown.", _LABELS
+)
+
+
+class Progress:
+    """How far a projector is, from what its sessions note here."""
+
+    def __init__(self, read_model: str) -> None:
+        self._read_model = read_model
+        self._reading = False
+        self._version: int | None = None
+        # What was recorded up to this moment, in Unix seconds, and had reached the stream, is applied; None: unknown.
+        self._complete_at: float | None = None
+        self._parked = 0
+        self._gapped: int | None = None
+        self._last_error = ""
+        self._last_error_at = Timestamp()
+        self._stream: StreamStatus | None = None
+        self._outbox: dict[int, OutboxStatus] = {}
+
+    def applied(self, position: Position, recorded_at: float, *, everything: bool, gapped: int, parked: int) -> None:
+        """The read model contains the stream up to `position`, and there was just now nothing else if `everything`.
+        `recorded_at` is when the latest event of it was, in Unix seconds, 0 where that is unknown."""
+        self._reading = True
+        self._version = position.sequence
+        self._gapped, self._parked = gapped, parked
+        if gapped:
+            return
+        if everything:
+            self._complete_at = time.time()
+        elif recorded_at:
+            self._complete_at = max(recorded_at, self._complete_at or 0.0)
+
+    def interrupted(self, reason: str) -> None:
+        """A session ended by a failure."""
+        self._reading = False
+        self._gapped = None
+        self._last_error, self._last_error_at = reason, now()
+
+    async def look(self, bus: Client) -> None:
+        """Sees each second how long the stream is, and hears what relays say of the outbox, until cancelled."""
+        await bus.subscribe(OUTBOX_REPORTS, cb=self._heard)
+        jetstream = bus.jetstream(timeout=_NO_LIMIT)
+        while True:
+            try:
+                async with asyncio.timeout(_SECONDS):
+                    info = await jetstream.stream_info(STREAM)
+            except TimeoutError as error:
+                raise errors.TimeoutError from error
+            state, created_at = info.state, Timestamp()
+            if info.created:
+                created_at.FromDatetime(info.created.astimezone(UTC))
+            self._stream = StreamStatus(
+                created_at=created_at,
+                first_sequence=state.first_seq,
+                last_sequence=state.last_seq,
+                messages=state.messages,
+                bytes=state.bytes,
+                consumers=state.consumer_count,
+                reported_at=now(),
+            )
+            await asyncio.sleep(REPORT_SECONDS)
+
+    def report(self) -> GetReadModelStatusResponse:
+        """All of it, as readers get it; the events in the outbox are not among `events_behind` yet."""
+        at = now()
+        status = ReadModelStatus(
+            name=self._read_model,
+            state=READ_MODEL_STATE_READING if self._reading else READ_MODEL_STATE_INTERRUPTED,
+            version=self._version,
+            parked_polls=self._parked,
+            gapped_polls=self._gapped,
+            last_error=self._last_error,
+            last_error_at=self._last_error_at if self._last_error else None,
+            reported_at=at,
+        )
+        if self._reading and self._stream and self._version is not None:
+            status.events_behind = max(self._stream.last_sequence - self._version, 0)
+        if self._complete_at:
+            complete = status.HasField("events_behind") and not status.events_behind
+            status.seconds_behind = 0.0 if complete else max(time.time() - self._complete_at, 0.0)
+        self._measure(status)
+        return GetReadModelStatusResponse(
+            read_models=[status], outbox=list(self._outbox.values()), stream=self._stream, answered_at=at
+        )
+
+    def _measure(self, status: ReadModelStatus) -> None:
+        _reading.labels(self._read_model).set(self._reading)
+        known = {field.name: value for field, value in status.ListFields()}
+        for gauge, field in ((_sequence, "version"), (_pending, "events_behind"), (_behind, "seconds_behind")):
+            gauge.labels(self._read_model).set(known.get(field, math.nan))
+
+    async def _heard(self, message: Msg) -> None:
+        try:
+            report = OutboxStatus.FromString(message.data)
+        except DecodeError:
+            return
+        # Where there are fewer shards than before, those that are no more have nothing to say.
+        self._outbox = {shard: old for shard, old in self._outbox.items() if old.shards == report.shards}
+        self._outbox[report.shard] = report

@@ -1,0 +1,139 @@
+"""How several reports of the same things become one answer, and what an operator is told of it."""
+
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from tally.query.v1.query_service_pb2 import (
+    READ_MODEL_STATE_INTERRUPTED,
+    READ_MODEL_STATE_READING,
+    READ_MODEL_STATE_SILENT,
+    READ_MODEL_STATE_UNAVAILABLE,
+    GetReadModelStatusResponse,
+    OutboxStatus,
+    ReadModelStatus,
+    StreamStatus,
+)
+
+from clients.status import troubles_of
+from query_server.status import merged
+
+NOW = 1_800_000_000
+
+
+def ago(seconds: float) -> Timestamp:
+    moment = Timestamp()
+    moment.FromNanoseconds(round((NOW - seconds) * 1e9))
+    return moment
+
+
+def outbox(*, shard: int = 0, shards: int = 1, heard: float = 0.5, **figures: Any) -> OutboxStatus:
+    return OutboxStatus(shard=shard, shards=shards, reported_at=ago(heard), **figures)
+
+
+def report(
+    name: str = "live", *, heard: float = 0.5, last: int = 100, made: float = 1000, seen: float = 0.5, **fields: Any
+) -> GetReadModelStatusResponse:
+    """What a projector says that has all 100 messages of the stream, unless told otherwise."""
+    fields = {"state": READ_MODEL_STATE_READING, "version": 100, "events_behind": 0, "seconds_behind": 0.0, **fields}
+    waiting = fields.pop("outbox", [outbox()])
+    return GetReadModelStatusResponse(
+        read_models=[ReadModelStatus(name=name, reported_at=ago(heard), parked_polls=0, gapped_polls=0, **fields)],
+        stream=StreamStatus(created_at=ago(made), last_sequence=last, reported_at=ago(seen)),
+        outbox=waiting,
+    )
+
+
+def answer(*reports: GetReadModelStatusResponse) -> GetReadModelStatusResponse:
+    return merged({report.read_models[0].name: report for report in reports}, ago(0))
+
+
+def behind(model: ReadModelStatus) -> tuple[int | None, float | None]:
+    return (
+        model.events_behind if model.HasField("events_behind") else None,
+        round(model.seconds_behind, 3) if model.HasField("seconds_behind") else None,
+    )
+
+
+def test_what_waits_in_the_outbox_and_in_the_stream_is_behind() -> None:
+    there = answer(report())
+    assert behind(there.read_models[0]) == (0, 0.0)
+    assert list(troubles_of(there, 10)) == []
+    late = answer(report(events_behind=7, seconds_behind=1.5, outbox=[outbox(events=3, oldest_seconds=20.0)]))
+    assert behind(late.read_models[0]) == (10, 20.0)
+    assert list(troubles_of(late, 10)) == [
+        "live: 10 events and 20.0 s behind",
+        "outbox: 3 events wait, the first for 20.0 s",
+    ]
+    assert list(troubles_of(late, 30)) == []
+
+
+def test_where_the_relay_is_silent_nobody_knows_how_many_events_there_are() -> None:
+    silent = answer(report(outbox=[outbox(heard=60)]))
+    # It had been empty then, so what was recorded before that is there.
+    assert behind(silent.read_models[0]) == (None, 60.0)
+    assert [model.state for model in silent.read_models] == [READ_MODEL_STATE_READING]
+    assert list(troubles_of(silent, 10)) == [
+        "live: it is not known how far it is behind",
+        "outbox: the relay was last heard of 60.0 s ago",
+    ]
+    never = answer(report(outbox=[]))
+    assert behind(never.read_models[0]) == (None, None)
+    assert "outbox: a relay was never heard of" in troubles_of(never, 10)
+
+
+def test_every_shard_counts_and_the_latest_word_of_each() -> None:
+    first = report("live", outbox=[outbox(shards=2, events=9, heard=3), outbox(shard=1, shards=2, events=1)])
+    second = report("views", outbox=[outbox(shards=2, events=2)])
+    both = answer(first, second)
+    assert [(shard.shard, shard.events) for shard in both.outbox] == [(0, 2), (1, 1)]
+    assert [behind(model)[0] for model in both.read_models] == [3, 3]
+    # One shard of two is not all of the outbox.
+    assert behind(answer(second).read_models[0]) == (None, None)
+    # There were two, and now there is one.
+    assert [shard.shards for shard in answer(first, report("views", heard=0, outbox=[outbox(heard=0)])).outbox] == [1]
+
+
+def test_how_far_a_dead_projector_is_behind_is_known_from_another_one() -> None:
+    dead = report("live", heard=60, seen=60, last=100)
+    alive = report("views", version=140, last=140)
+    live, views = answer(dead, alive).read_models
+    assert (live.state, views.state) == (READ_MODEL_STATE_SILENT, READ_MODEL_STATE_READING)
+    assert behind(live) == (40, 60.0)
+    assert (live.version, live.HasField("gapped_polls"), live.parked_polls) == (100, False, 0)
+    assert behind(views) == (0, 0.0)
+    # Nothing has come since: it has everything.
+    assert behind(answer(dead, report("views")).read_models[0]) == (0, 0.0)
+    # The stream that it was reading is no more: its place in it tells nothing.
+    assert behind(answer(dead, report("views", version=140, last=140, made=30)).read_models[0]) == (None, 60.0)
+    # Both are dead.
+    assert behind(answer(dead).read_models[0]) == (None, 60.0)
+    assert list(troubles_of(answer(dead), 10)) == ["live: its projector was last heard of 60.0 s ago"]
+
+
+def test_an_interrupted_projector_says_why() -> None:
+    interrupted = report(state=READ_MODEL_STATE_INTERRUPTED, seen=30, seconds_behind=30.0, last_error="NATS failed: X")
+    interrupted.read_models[0].ClearField("events_behind")
+    told = answer(interrupted)
+    assert behind(told.read_models[0]) == (None, 30.0)
+    assert list(troubles_of(told, 10)) == ["live: its projector is interrupted: NATS failed: X"]
+
+
+def test_a_store_that_does_not_answer_is_not_an_empty_one() -> None:
+    told = merged({"live": None, "views": GetReadModelStatusResponse()}, ago(0))
+    live, views = told.read_models
+    assert (live.state, views.state) == (READ_MODEL_STATE_UNAVAILABLE, READ_MODEL_STATE_SILENT)
+    for model in (live, views):
+        assert behind(model) == (None, None)
+        assert not any(model.HasField(field) for field in ("version", "parked_polls", "reported_at"))
+    assert list(troubles_of(told, 10)) == [
+        "live: its store does not answer",
+        "views: its projector was never heard of",
+        "stream: unknown",
+        "outbox: a relay was never heard of",
+    ]
+
+
+def test_parked_polls_are_trouble_also_where_nothing_is_behind() -> None:
+    parked = report()
+    parked.read_models[0].parked_polls = 2
+    assert list(troubles_of(answer(parked), 10)) == ["live: 2 polls are parked: an event cannot be applied"]
