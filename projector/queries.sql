@@ -29,6 +29,9 @@ ON CONFLICT (poll_id) DO UPDATE SET
 -- drop_dead_letter: the poll goes on
 DELETE FROM dead_letters WHERE poll_id = $1
 
+-- announce: tells whoever waits for these versions; they hear it once the transaction is committed
+SELECT pg_notify($1, announcement) FROM unnest($2::text[]) AS announcement
+
 -- tallies: what counting goes on from
 SELECT poll_id, version, state, option_ids, option_labels, counts, total_votes, as_of, eligible_voters, certification,
     hidden

@@ -25,7 +25,7 @@ from tally.query.v1.query_service_pb2 import Certification, OptionCount, Outcome
 
 from contracts.counting import added_votes
 from contracts.dead_letters import DeadLetter
-from contracts.views import TURNOUT_GRAIN
+from contracts.views import CHANNEL, TURNOUT_GRAIN, announcements
 from contracts.voters import KEY_BYTES
 from projector.fold import Tally
 from projector.projection import Change, Displaced
@@ -135,6 +135,9 @@ class Views:
                     await self._connection.execute(sql.keep_dead_letter, *letter)
                 else:
                     await self._connection.execute(sql.drop_dead_letter, poll_id)
+            if changes:
+                versions = [(change.poll_id, change.tally.version) for change in changes]
+                await self._connection.execute(sql.announce, CHANNEL, announcements(versions))
 
     async def report(self, status: bytes) -> None:
         await self._connection.execute(sql.report, self.name, status)

@@ -11,6 +11,7 @@ from tally.query.v1.query_service_pb2_grpc import add_QueryServiceServicer_to_se
 from contracts.failures import status_of
 from contracts.voters import VoterKeys
 from query_server import live
+from query_server.announcements import Announcements
 from query_server.live import LiveResults
 from query_server.service import QueryService
 from query_server.status import Status
@@ -54,14 +55,18 @@ async def serve(settings: QuerySettings, stop: asyncio.Event, ready: Callable[[i
     redis = live.connect(settings.redis_url)
     views = Views(pool)
     results = LiveResults(redis, views)
-    watchers = Watchers(redis, results, views)
-    service = QueryService(views, results, watchers, Status(results, views), VoterKeys(settings.voter_secret))
+    announcements = Announcements(settings.read_dsn, views)
+    watchers = Watchers(redis, results, views, announcements)
+    status = Status(results, views)
+    service = QueryService(views, announcements, results, watchers, status, VoterKeys(settings.voter_secret))
 
     server = serving.new_server(share_port=settings.worker, max_connection_age=settings.max_connection_age)
     serving.add_service(server, add_QueryServiceServicer_to_server, service, status_of)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(watchers.run(stop))
+        listening = tasks.create_task(announcements.run())
         await serving.serve(server, settings.query_listen, [SERVICE], stop, ready)
+        listening.cancel()
     await redis.aclose()
     pool.terminate()
 

@@ -10,6 +10,7 @@ from tally.poll.v1.error_reason_pb2 import ErrorReason
 
 from contracts.freshness import parse
 from contracts.refusals import Refusal, invalid_request
+from query_server.announcements import Announcements
 from runtime.lifecycle import Backoff
 
 Answer = TypeVar("Answer")
@@ -56,21 +57,32 @@ def behind(version: int, wanted_version: int) -> Refusal:
 
 
 async def caught_up(
-    read: Callable[[], Awaitable[tuple[int, Answer]]], version: int, seconds: float
+    announcements: Announcements,
+    poll_id: UUID,
+    version: int,
+    read: Callable[[], Awaitable[tuple[int, Answer]]],
+    seconds: float,
 ) -> tuple[int, Answer]:
-    """Reads, again and again for up to `seconds`, until the answer is of this version of the poll or a later one.
+    """Reads once the read database has this version of the poll, 0 for any, which it waits for up to `seconds`.
 
-    `read` returns the version with the answer, and so does this. Raises READ_MODEL_BEHIND.
+    `read` returns the poll's version with the answer, and so does this. Raises READ_MODEL_BEHIND.
     """
     seen, answer = await read()
     if seen >= version:
         return seen, answer
-    backoff = Backoff(first=0.01, longest=0.1)
+    announced = asyncio.Event()
+    lag = Backoff(first=0.005, longest=0.1)
     try:
         async with asyncio.timeout(seconds) as limit:
-            while seen < version:
-                await backoff.wait()
+            with announcements.expect(poll_id, version, announced.set):
+                # Once more, now that nothing is missed any more; after that only when there is a reason to.
                 seen, answer = await read()
+                while seen < version:
+                    if announced.is_set():
+                        # The server that was read still follows the one that announces.
+                        await lag.wait()
+                    await announced.wait()
+                    seen, answer = await read()
     except TimeoutError:
         if not limit.expired():
             raise

@@ -1,7 +1,8 @@
 """The RPCs of QueryService: each handler reads its request, asks, and translates the answer."""
 
 import asyncio
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 from uuid import UUID
 
 import grpc
@@ -12,11 +13,14 @@ from tally.query.v1.query_service_pb2_grpc import QueryServiceServicer
 from contracts.live import are_hidden
 from contracts.refusals import Refusal, invalid_request, poll_not_found, results_hidden
 from contracts.voters import VoterKeys
+from query_server.announcements import Announcements
 from query_server.freshness import caught_up, patience, wanted
 from query_server.live import LiveResults, version_of
 from query_server.status import Status
 from query_server.views import MAX_ANSWER_BYTES, Views
 from query_server.watchers import Watchers
+
+Answer = TypeVar("Answer")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -27,8 +31,17 @@ STUCK = 30.0
 class QueryService(QueryServiceServicer):
     """Reads. See protos/tally/query/v1/query_service.proto for what each promises."""
 
-    def __init__(self, views: Views, live: LiveResults, watchers: Watchers, status: Status, voters: VoterKeys) -> None:
+    def __init__(
+        self,
+        views: Views,
+        announcements: Announcements,
+        live: LiveResults,
+        watchers: Watchers,
+        status: Status,
+        voters: VoterKeys,
+    ) -> None:
         self._views = views
+        self._announcements = announcements
         self._live = live
         self._watchers = watchers
         self._status = status
@@ -36,8 +49,7 @@ class QueryService(QueryServiceServicer):
 
     async def GetPoll(self, request: pb.GetPollRequest, context: Context) -> pb.GetPollResponse:
         poll_id = UUID(request.poll_id)
-        version = wanted(request.at_least_as_fresh, [poll_id]).get(poll_id, 0)
-        _, poll = await caught_up(lambda: self._views.poll(poll_id), version, patience(context))
+        _, poll = await self._fresh(request, context, poll_id, lambda: self._views.poll(poll_id))
         if poll is None:
             raise poll_not_found(poll_id)
         return pb.GetPollResponse(poll=poll)
@@ -72,8 +84,7 @@ class QueryService(QueryServiceServicer):
 
     async def GetVote(self, request: pb.GetVoteRequest, context: Context) -> pb.GetVoteResponse:
         poll_id, voter_key = UUID(request.poll_id), self._voters.voter_key(request.voter_id)
-        version = wanted(request.at_least_as_fresh, [poll_id]).get(poll_id, 0)
-        seen, receipt = await caught_up(lambda: self._views.vote(poll_id, voter_key), version, patience(context))
+        seen, receipt = await self._fresh(request, context, poll_id, lambda: self._views.vote(poll_id, voter_key))
         if not seen:
             raise poll_not_found(poll_id)
         if receipt is None:
@@ -108,6 +119,17 @@ class QueryService(QueryServiceServicer):
         self, request: pb.GetReadModelStatusRequest, context: Context
     ) -> pb.GetReadModelStatusResponse:
         return await self._status.read()
+
+    async def _fresh(
+        self,
+        request: pb.GetPollRequest | pb.GetVoteRequest,
+        context: Context,
+        poll_id: UUID,
+        read: Callable[[], Awaitable[tuple[int, Answer]]],
+    ) -> tuple[int, Answer]:
+        """What `read` returns of the poll, once it shows the command that the request has a token of."""
+        version = wanted(request.at_least_as_fresh, [poll_id]).get(poll_id, 0)
+        return await caught_up(self._announcements, poll_id, version, read, patience(context))
 
 
 async def _write(context: Context, results: bytes) -> None:

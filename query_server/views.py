@@ -2,7 +2,7 @@
 
 import asyncio
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from struct import Struct
@@ -56,6 +56,11 @@ class Views:
         """A poll with its version; 0 and None if there is none."""
         rows = await self._fetch(sql.poll, poll_id)
         return (rows[0]["version"], _poll(rows[0])) if rows else (0, None)
+
+    async def versions(self, poll_ids: Sequence[UUID]) -> dict[UUID, int]:
+        """At which version those of the polls are that exist."""
+        rows = await self._fetch(sql.versions, poll_ids)
+        return {row["poll_id"]: row["version"] for row in rows}
 
     async def vote(self, poll_id: UUID, voter_key: bytes) -> tuple[int, VoteReceipt | None]:
         """A poll's version, 0 if there is no such poll, and the receipt of a voter without its receipt_id."""

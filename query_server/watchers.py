@@ -5,13 +5,14 @@ results, only which of its topics have news for it; so a slow reader costs nothi
 versions only grow, because a topic takes nothing over that is not newer than what it has.
 
 Nothing is missed: a topic is read from Redis after Redis has confirmed its subscription. Until then, and while Redis
-is away or has nothing, it is read again every second, from the read database where Redis does not help.
+is away or has nothing, it is read again every second, from the read database where Redis does not help. Whoever waits
+for a version is woken by whichever store has it first: the read database announces what it has.
 """
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from uuid import UUID
 
 import structlog
@@ -25,6 +26,7 @@ from tally.query.v1.query_service_pb2 import GetResultsResponse
 from contracts.failures import STORE_FAILURES
 from contracts.live import are_hidden, live_channel
 from contracts.refusals import Refusal, poll_not_found, results_hidden
+from query_server.announcements import Announcements
 from query_server.freshness import behind
 from query_server.live import FAILURES, LiveResults, version_of
 from query_server.subscriptions import Subscriptions
@@ -38,10 +40,8 @@ MAX_TOPICS = 50_000
 # A poll in one of these states never changes again.
 _FINAL = (POLL_STATE_CERTIFIED, POLL_STATE_CANCELLED)
 
-# How often the read database is asked for a version that somebody waits for, in case Redis does not bring it; seconds.
-_TICK = 0.05
-# How often topics are read that Redis tells nothing about: once a second.
-_TICKS_PER_SWEEP = 20
+# How often topics are read that Redis tells nothing about; seconds.
+_SWEEP_SECONDS = 1.0
 # Topics in one round trip.
 _BATCH = 500
 
@@ -54,7 +54,7 @@ _broken = Counter("tally_query_broken_results", "Values in Redis that are not re
 class Topic:
     """A watched poll: its newest results, and who wants to hear of newer ones."""
 
-    __slots__ = ("absence", "channel", "final", "live", "poll_id", "results", "version", "watchers")
+    __slots__ = ("absence", "channel", "final", "live", "poll_id", "results", "version", "waiting", "watchers")
 
     def __init__(self, poll_id: UUID, channel: bytes) -> None:
         self.poll_id = poll_id
@@ -65,6 +65,8 @@ class Topic:
         # Why there are no results: POLL_NOT_FOUND, STORE_UNAVAILABLE, or None for not yet known.
         self.absence: ErrorReason.ValueType | None = None
         self.watchers: set[Watcher] = set()
+        # Those of them that wait for a certain version.
+        self.waiting: set[Watcher] = set()
         # Redis had results after it had confirmed the subscription, and so tells of every change to them.
         self.live = False
         # The poll has ended: nothing newer will come.
@@ -118,16 +120,12 @@ class Watcher:
         """All polls have ended, and their last results were read."""
         return not self._news and all(topic.final for topic in self.topics)
 
-    def behind(self) -> list[Topic]:
-        """The topics that have been read, but are not at the wanted version yet."""
-        return [topic for topic in self.topics if self._lacks(topic) and (topic.version or topic.absence)]
-
     async def start(self, patience: float) -> None:
         """Waits until every topic has results, those in `wanted` at least of that version; see `Watchers.watch`."""
         try:
             async with asyncio.timeout(patience):
                 for topic in self.topics:
-                    while self._lacks(topic):
+                    while self.lacks(topic):
                         if topic.absence and topic.poll_id not in self.wanted:
                             raise _absence(topic)
                         self._news.clear()
@@ -157,7 +155,8 @@ class Watcher:
                     return topic.results
             await self._something(min((self._not_before[topic] - now for topic in self._news), default=None))
 
-    def _lacks(self, topic: Topic) -> bool:
+    def lacks(self, topic: Topic) -> bool:
+        """Whether the topic's results are missing, or older than wanted."""
         return topic.version < self.wanted.get(topic.poll_id, 1)
 
     async def _something(self, seconds: float | None = None) -> None:
@@ -173,14 +172,13 @@ class Watcher:
 class Watchers:
     """All watchers of this process, and what they watch. `run` keeps the topics up to date."""
 
-    def __init__(self, redis: Redis, live: LiveResults, views: Views) -> None:
+    def __init__(self, redis: Redis, live: LiveResults, views: Views, announcements: Announcements) -> None:
         self.stopping = False
         self._live = live
         self._views = views
+        self._announcements = announcements
         self._topics: dict[bytes, Topic] = {}
         self._watchers: set[Watcher] = set()
-        # Those that wait for a version.
-        self._waiting: set[Watcher] = set()
         self._subscriptions = Subscriptions(redis, self._joined, self._heard, self._lost)
         self._unread_in_redis = _Pile()
         self._unread_in_views = _Pile()
@@ -200,8 +198,11 @@ class Watchers:
         watcher = Watcher(self, [self._topic(poll_id) for poll_id in dict.fromkeys(poll_ids)], wanted, min_interval)
         self._enter(watcher)
         try:
-            await watcher.start(patience)
-            self._waiting.discard(watcher)
+            with ExitStack() as waits:
+                for topic in watcher.topics:
+                    if watcher.lacks(topic) and topic.poll_id in wanted:
+                        waits.enter_context(self._await_in_views(watcher, topic, wanted[topic.poll_id]))
+                await watcher.start(patience)
             yield watcher
         finally:
             self._leave(watcher)
@@ -238,13 +239,10 @@ class Watchers:
     def _enter(self, watcher: "Watcher") -> None:
         self._watchers.add(watcher)
         _watchers.set(len(self._watchers))
-        if watcher.wanted:
-            self._waiting.add(watcher)
         for topic in watcher.topics:
             topic.watchers.add(watcher)
 
     def _leave(self, watcher: "Watcher") -> None:
-        self._waiting.discard(watcher)
         self._watchers.discard(watcher)
         _watchers.set(len(self._watchers))
         for topic in watcher.topics:
@@ -253,6 +251,19 @@ class Watchers:
                 del self._topics[topic.channel]
                 self._subscriptions.leave(topic.channel)
         _topics.set(len(self._topics))
+
+    @contextmanager
+    def _await_in_views(self, watcher: Watcher, topic: Topic, version: int) -> Iterator[None]:
+        """Reads the topic from the read database as soon as that has the version, for Redis may not bring it."""
+        topic.waiting.add(watcher)
+        if topic.version or topic.absence:
+            # Redis was read before, and did not have it; but the read database may have announced it before.
+            self._unread_in_views.add([topic])
+        try:
+            with self._announcements.expect(topic.poll_id, version, lambda: self._unread_in_views.add([topic])):
+                yield
+        finally:
+            topic.waiting.discard(watcher)
 
     def _joined(self, channel: bytes) -> None:
         self._live.redis_is_back()
@@ -294,7 +305,7 @@ class Watchers:
                 results = found.get(topic.poll_id)
                 known = results is not None and self._offer(topic, results)
                 topic.live = known and was_joined and topic.channel in self._subscriptions
-                if not known:
+                if not known or any(watcher.lacks(topic) for watcher in topic.waiting):
                     self._unread_in_views.add([topic])
 
     async def _read_views(self) -> None:
@@ -321,11 +332,9 @@ class Watchers:
                     topic.lack(ErrorReason.ERROR_REASON_POLL_NOT_FOUND)
 
     async def _sweep(self) -> None:
-        for tick in itertools.count():
-            await asyncio.sleep(_TICK)
-            self._unread_in_views.add(topic for watcher in self._waiting for topic in watcher.behind())
-            if tick % _TICKS_PER_SWEEP == 0:
-                self._unread_in_redis.add(topic for topic in self._topics.values() if not topic.live)
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            self._unread_in_redis.add(topic for topic in self._topics.values() if not topic.live)
 
 
 class _Pile:

@@ -17,6 +17,8 @@ class Proxy:
         self._pass = asyncio.Event()
         self._pass.set()
         self.port = 0
+        # How many bytes came through, either way.
+        self.passed = 0
 
     async def restore(self) -> None:
         """Listens, on the same port as before, and passes on; what was held back by `silence` is delivered."""
@@ -57,6 +59,7 @@ class Proxy:
         with suppress(OSError):
             while data := await reader.read(1 << 16):
                 await self._pass.wait()
+                self.passed += len(data)
                 writer.write(data)
                 await writer.drain()
         writer.close()

@@ -14,6 +14,7 @@ from tally.poll.v1.error_reason_pb2 import ErrorReason
 
 from contracts.live import live_channel
 from contracts.refusals import Refusal
+from query_server.announcements import Announcements
 from query_server.live import LiveResults, connect
 from query_server.views import Views
 from query_server.watchers import Topic, Watcher, Watchers
@@ -29,7 +30,7 @@ async def hub() -> AsyncIterator[Watchers]:
     redis = connect("redis://127.0.0.1:1")
     async with asyncpg.create_pool("postgresql://127.0.0.1:1", min_size=0, max_size=1) as pool:
         views = Views(pool)
-        yield Watchers(redis, LiveResults(redis, views), views)
+        yield Watchers(redis, LiveResults(redis, views), views, Announcements("postgresql://127.0.0.1:1", views))
     await redis.aclose()
 
 

@@ -1,0 +1,172 @@
+"""What the read database says of itself: which versions of which polls it has now, for whoever waits for one.
+
+The projector announces each commit with a NOTIFY. An announcement can be lost with its connection, so all polls that
+somebody waits for are also looked up in one statement now and then: rarely while announcements arrive, because that is
+only for safety; more often while they do not.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import asyncpg
+import structlog
+from prometheus_client import Counter, Gauge
+from tally.poll.v1.error_reason_pb2 import ErrorReason
+
+from contracts.failures import STORE_FAILURES
+from contracts.refusals import Refusal
+from contracts.views import CHANNEL, parse_announcement
+from query_server.views import Views
+from runtime import postgres
+from runtime.lifecycle import Backoff
+
+log = structlog.get_logger()
+
+MAX_WAITING = 50_000
+
+# How often the polls that are waited for are looked up, while announcements arrive and while they do not; seconds.
+_SAFETY_SECONDS = 1.0
+_ALONE_SECONDS = 0.1
+# How often the connection is tried, and how long it may take; seconds.
+_PING_SECONDS = 3.0
+_PATIENCE = 3.0
+_SESSION = {
+    "application_name": "query_server announcements",
+    # A reader that is gone must not hold up the server's queue of notifications.
+    "tcp_user_timeout": "10000",
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "1",
+    "tcp_keepalives_count": "5",
+}
+
+_connected = Gauge("tally_query_announced", "1 while announcements of the read database arrive.")
+_waits = Gauge("tally_query_waiting", "Waits for a version in the read database.")
+_heard = Counter("tally_query_announcements", "Announcements that arrived.")
+_lookups = Counter("tally_query_version_lookups", "Times that the polls which are waited for were looked up.")
+
+
+class _Wait(NamedTuple):
+    version: int
+    reached: Callable[[], None]
+
+
+class Announcements:
+    """Calls whoever expects a version of a poll, once the read database has it. `run` keeps listening."""
+
+    def __init__(self, read_dsn: str, views: Views) -> None:
+        self._dsn = read_dsn
+        self._views = views
+        self._waits: dict[UUID, set[_Wait]] = {}
+        self._count = 0
+        self._arriving = False
+        # Something may have been announced that was not heard.
+        self._unheard = asyncio.Event()
+
+    @contextmanager
+    def expect(self, poll_id: UUID, version: int, reached: Callable[[], None]) -> Iterator[None]:
+        """Calls `reached` whenever it is heard that the poll is at this version or a later one.
+
+        The server that is read may still be behind the one that announces. Raises OVERLOADED.
+        """
+        if self._count >= MAX_WAITING:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_OVERLOADED, "as many calls wait for a version as this server can hold"
+            )
+        wait = _Wait(version, reached)
+        waits = self._waits.setdefault(poll_id, set())
+        waits.add(wait)
+        self._count += 1
+        _waits.set(self._count)
+        try:
+            yield
+        finally:
+            waits.discard(wait)
+            if not waits and self._waits.get(poll_id) is waits:
+                del self._waits[poll_id]
+            self._count -= 1
+            _waits.set(self._count)
+
+    async def run(self) -> None:
+        """Listens, for ever."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._listen())
+            tasks.create_task(self._look_up())
+
+    async def _listen(self) -> None:
+        backoff, failing = Backoff(first=0.05, longest=1.0), False
+        while True:
+            try:
+                # A standby can be read, but not listened to.
+                connection = await asyncpg.connect(
+                    self._dsn,
+                    timeout=_PATIENCE,
+                    command_timeout=_PATIENCE,
+                    server_settings=_SESSION,
+                    target_session_attrs="primary",
+                )
+                try:
+                    await connection.add_listener(CHANNEL, self._on_notification)
+                    backoff.reset()
+                    failing = False
+                    self._announced(True)
+                    await self._until_it_ends(connection)
+                finally:
+                    self._announced(False)
+                    connection.terminate()
+            except (*postgres.UNAVAILABLE, asyncpg.PostgresError) as error:
+                if not failing:
+                    log.warning("the read database announces nothing", error=f"{type(error).__name__}: {error}")
+                failing = True
+            await backoff.wait()
+
+    async def _until_it_ends(self, connection: "asyncpg.Connection[Any]") -> None:
+        ended = asyncio.Event()
+        connection.add_termination_listener(lambda _: ended.set())
+        while not connection.is_closed():
+            try:
+                async with asyncio.timeout(_PING_SECONDS):
+                    await ended.wait()
+            except TimeoutError:
+                await connection.fetchval("SELECT 1")
+
+    async def _look_up(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(_SAFETY_SECONDS if self._arriving else _ALONE_SECONDS):
+                    await self._unheard.wait()
+            except TimeoutError:
+                pass
+            self._unheard.clear()
+            if not self._waits:
+                continue
+            _lookups.inc()
+            try:
+                versions = await self._views.versions(list(self._waits))
+            except STORE_FAILURES:
+                # Whoever waits reads the views too, and is told by its own failure.
+                continue
+            for poll_id, version in versions.items():
+                self._reached(poll_id, version)
+
+    def _announced(self, arriving: bool) -> None:
+        self._arriving = arriving
+        _connected.set(arriving)
+        self._unheard.set()
+
+    def _on_notification(self, *notification: Any) -> None:
+        _heard.inc()
+        try:
+            announced = parse_announcement(notification[-1])
+        except ValueError:
+            log.error("not an announcement", payload=notification[-1][:200])
+            return
+        for poll_id, version in announced:
+            self._reached(poll_id, version)
+
+    def _reached(self, poll_id: UUID, version: int) -> None:
+        for wait in tuple(self._waits.get(poll_id, ())):
+            if version >= wait.version:
+                wait.reached()
