@@ -15,7 +15,7 @@ help: ## list the targets
 
 setup: $(VENV)/.ready ## create .venv with the locked dependencies
 
-$(VENV)/.ready: requirements.lock pyproject.toml gen/pyproject.toml tools/export_validate_proto.py
+$(VENV)/.ready: requirements.lock pyproject.toml gen/pyproject.toml tools/export_validate_proto.py command_server/_ballots.c
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tally needs Python 3.11 or newer; set PYTHON=python3.x")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock

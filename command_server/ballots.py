@@ -4,15 +4,29 @@ A ballot is one vote within its poll: the voter's key (16 bytes), then the chose
 them (their length, 4 bytes, then 2 bytes for each option's number, ascending). So the rows of a batch are one `join`
 around a constant, ballots sort by voter, and where each has one choice the columns of a batch come out of its bytes by
 slices with a stride: no loop over votes in Python.
+
+The ballots of plain votes are made by compiled code, _ballots.c, where that was built.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from struct import unpack
+from types import ModuleType
+from typing import NamedTuple
 
+import structlog
 from tally.event.v1.event_pb2 import CountChange, VotesCast
 
-from contracts.voters import KEY_BYTES
+from contracts.voters import KEY_BYTES, PERSON, VoterKeys
+
+compiled: ModuleType | None
+try:
+    compiled = import_module("command_server._ballots")
+except ImportError:
+    compiled = None
+
+log = structlog.get_logger()
 
 _LENGTH_BYTES = 4
 _CHOICE_BYTES = 2
@@ -43,6 +57,36 @@ def choices(ballot: bytes) -> bytes:
 def option_numbers(choices: bytes) -> tuple[int, ...]:
     """The numbers in the column votes.choices."""
     return unpack(f">{len(choices) // _CHOICE_BYTES}H", choices)
+
+
+class Envelope(NamedTuple):
+    """What a CastVotesRequest says beside its votes, and how many these are."""
+
+    batch_sequence: int
+    poll_id: str
+    votes: int
+
+
+class Reader:
+    """Makes ballots straight from a serialized CastVotesRequest, as far as its votes are plain: one known option, a
+    voter id in ASCII. The rest is for the caller to read, and so is everything where nothing was compiled."""
+
+    def __init__(self, voters: VoterKeys) -> None:
+        if compiled is None:
+            log.warning("command_server/_ballots.c was not compiled: CastVotes is slower than it could be")
+        self._keyed = compiled.keyed(voters.secret, PERSON) if compiled else b""
+
+    def envelope(self, request: bytes) -> Envelope | None:
+        """The request without its votes; None where it is to be read otherwise."""
+        found = compiled.envelope(request) if compiled else None
+        return Envelope(*found) if found else None
+
+    def mark(self, request: bytes, markings: dict[str, bytes]) -> list[bytes | None]:
+        """A ballot for each vote of a request that has an envelope, None for one that is not plain; `markings` is
+        option_id → `marking`."""
+        assert compiled is not None, "no envelope without it"
+        ballots: list[bytes | None] = compiled.mark(request, self._keyed, markings)
+        return ballots
 
 
 def copy_rows(poll_no: int, batch_id: int, ballots: Sequence[bytes]) -> bytes:

@@ -29,7 +29,7 @@ class Poll(NamedTuple):
     # option_id → its place in the poll's options.
     option_numbers: Mapping[str, int]
     # option_id → what a ballot for it alone ends with.
-    markings: Mapping[str, bytes]
+    markings: dict[str, bytes]
 
     @property
     def has_roll(self) -> bool:
@@ -52,6 +52,10 @@ class Polls:
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
         self._open: OrderedDict[str, Poll] = OrderedDict()
+
+    def __contains__(self, poll_id: str) -> bool:
+        """Whether `find` has the poll at hand: it is open, as far as is known."""
+        return poll_id in self._open
 
     async def find(self, poll_id: str) -> Poll:
         """The poll, or POLL_NOT_FOUND. `poll_id` is a UUID as the caller wrote it."""

@@ -11,8 +11,8 @@ from tally.command.v1.command_service_pb2_grpc import CommandServiceServicer
 from tally.poll.v1.poll_pb2 import VoteReceipt
 
 from command_server.ballot_box import BallotBox, Recorded, Verdicts
+from command_server.ballots import Envelope, Reader
 from command_server.poll import (
-    MAX_VOTER_ID_CHARACTERS,
     cancel_poll,
     check_voter_id,
     close_poll,
@@ -25,11 +25,14 @@ from command_server.roll import Roll
 from contracts.freshness import token
 from contracts.refusals import Refusal, invalid_request
 from contracts.voters import VoterKeys
+from runtime.serving import read_message, reads_bytes
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 # Requests of one stream that may be under way at once; then the server stops reading.
 STREAM_IN_FLIGHT = 8
+# Votes of one request: what the rules of the message allow.
+MAX_BATCH_VOTES = 20_000
 
 
 class CommandService(CommandServiceServicer):
@@ -41,6 +44,7 @@ class CommandService(CommandServiceServicer):
         self._polls = polls
         self._box = box
         self._voters = voters
+        self._reader = Reader(voters)
 
     async def CreatePoll(self, request: pb.CreatePollRequest, context: Context) -> pb.CreatePollResponse:
         return await self._log.create(Request.of(request, request.request_id), request.poll)
@@ -100,8 +104,9 @@ class CommandService(CommandServiceServicer):
             consistency_token=token(poll.poll_id, recorded.version),
         )
 
+    @reads_bytes
     async def CastVotes(  # type: ignore[override]  # it writes to its context
-        self, requests: AsyncIterator[pb.CastVotesRequest], context: Context
+        self, requests: AsyncIterator[bytes], context: Context
     ) -> None:
         under_way: asyncio.Queue[_Batch | Exception | None] = asyncio.Queue(STREAM_IN_FLIGHT)
 
@@ -120,28 +125,33 @@ class CommandService(CommandServiceServicer):
                     raise batch
                 await context.write(await batch.response())
 
-    async def _submit(self, request: pb.CastVotesRequest) -> "_Batch":
+    async def _submit(self, data: bytes) -> "_Batch":
         """Puts the valid votes of a batch into the ballot box; the others are rejected one by one."""
-        batch = _Batch(request.batch_sequence, len(request.votes))
+        request = None
+        envelope = self._reader.envelope(data)
+        if envelope is None or envelope.poll_id not in self._polls or not 0 < envelope.votes <= MAX_BATCH_VOTES:
+            # Not what nearly all requests are, votes for an open poll: it is read and checked like any other message.
+            request = read_message(pb.CastVotesRequest, data)
+            envelope = Envelope(request.batch_sequence, request.poll_id, len(request.votes))
+        batch = _Batch(envelope.batch_sequence, envelope.votes)
         try:
-            poll = await self._polls.find(request.poll_id)
+            poll = await self._polls.find(envelope.poll_id)
         except Refusal as refusal:
-            batch.rejected = dict.fromkeys(range(len(request.votes)), refusal)
+            batch.rejected = dict.fromkeys(range(envelope.votes), refusal)
             return batch
         batch.poll = poll
-        ballots: list[bytes] = []
-        # The loop over every vote: what nearly all of them need, and nothing else.
-        append, voter_key, marking = ballots.append, self._voters.voter_key, poll.markings.get
-        for index, vote in enumerate(request.votes):
-            voter_id, option_ids = vote.voter_id, vote.option_ids
-            mark = marking(option_ids[0]) if len(option_ids) == 1 else None
-            if mark and 0 < len(voter_id) <= MAX_VOTER_ID_CHARACTERS:
-                append(voter_key(voter_id) + mark)
-                continue
-            try:
-                append(voter_key(check_voter_id(voter_id)) + poll.mark(option_ids))
-            except Refusal as refusal:
-                batch.rejected[index] = refusal
+        marked: list[bytes | None] = [None] * envelope.votes if request else self._reader.mark(data, poll.markings)
+        if None in marked:
+            request = request or read_message(pb.CastVotesRequest, data)
+            for index, vote in enumerate(request.votes):
+                if marked[index] is None:
+                    try:
+                        marked[index] = self._voters.voter_key(check_voter_id(vote.voter_id)) + poll.mark(
+                            vote.option_ids
+                        )
+                    except Refusal as refusal:
+                        batch.rejected[index] = refusal
+        ballots = [ballot for ballot in marked if ballot is not None]
         if ballots:
             batch.verdicts = await self._box.cast_all(poll, ballots)
         return batch

@@ -4,6 +4,8 @@ from hashlib import blake2b
 from uuid import UUID
 
 KEY_BYTES = 16
+# Keeps voter keys apart from other hashes that are made with the same secret.
+PERSON = b"tally voter"
 
 
 class VoterKeys:
@@ -13,8 +15,9 @@ class VoterKeys:
     """
 
     def __init__(self, secret: str) -> None:
-        self._voters = blake2b(digest_size=KEY_BYTES, key=secret.encode()[:64], person=b"tally voter")
-        self._receipts = blake2b(digest_size=KEY_BYTES, key=secret.encode()[:64], person=b"tally receipt")
+        self.secret = secret.encode()[:64]
+        self._voters = blake2b(digest_size=KEY_BYTES, key=self.secret, person=PERSON)
+        self._receipts = blake2b(digest_size=KEY_BYTES, key=self.secret, person=b"tally receipt")
 
     def voter_key(self, voter_id: str) -> bytes:
         """The 16 bytes that stand for this voter in every poll."""

@@ -4,7 +4,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import grpc
 import protovalidate
@@ -19,6 +19,9 @@ from grpc_status import rpc_status
 from prometheus_client import Counter, Histogram
 
 log = structlog.get_logger()
+
+HandlerT = TypeVar("HandlerT", bound=Callable[..., Any])
+MessageT = TypeVar("MessageT", bound=Message)
 
 # A request above this is refused with a clear error.
 MAX_REQUEST_BYTES = 4 << 20
@@ -54,6 +57,19 @@ class InvalidMessage(Exception):  # noqa: N818 - the caller's fault, not an erro
     def __init__(self, fields: Mapping[str, str]) -> None:
         super().__init__(str(fields))
         self.fields = fields
+
+
+def reads_bytes(handler: HandlerT) -> HandlerT:
+    """Marks a stream's handler that is given its requests as bytes, and reads them by `read_message` or by itself."""
+    handler.reads_bytes = True  # type: ignore[attr-defined]
+    return handler
+
+
+def read_message(kind: type[MessageT], data: bytes) -> MessageT:
+    """The request, checked against its rules. Raises InvalidMessage."""
+    request = _bounded(kind.FromString)(data)
+    _check(request)
+    return cast(MessageT, request)
 
 
 class _Unreadable(NamedTuple):
@@ -133,6 +149,8 @@ class _Wrapping:
 
     def _wrap(self, method: str, handler: Any) -> Any:
         read, write = _bounded(handler.request_deserializer), _serialize
+        if getattr(handler.stream_stream, "reads_bytes", False):
+            read = _bounded(bytes)
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary), read, write)
         if handler.unary_stream:
@@ -203,8 +221,8 @@ class _Wrapping:
         await context.abort_with_status(status)
 
 
-def _bounded(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Message | _Unreadable]:
-    def read(data: bytes) -> Message | _Unreadable:
+def _bounded(deserialize: Callable[[bytes], Message | bytes]) -> Callable[[bytes], Message | bytes | _Unreadable]:
+    def read(data: bytes) -> Message | bytes | _Unreadable:
         if len(data) > MAX_REQUEST_BYTES:
             return _Unreadable(f"has {len(data):,} bytes; at most {MAX_REQUEST_BYTES:,} are allowed")
         try:
@@ -222,6 +240,9 @@ def _serialize(response: Message | bytes) -> bytes:
 def _check(request: Any) -> None:
     if isinstance(request, _Unreadable):
         raise InvalidMessage({"": request.problem})
+    if isinstance(request, bytes):
+        # Whoever asked for bytes checks what it reads in them.
+        return
     try:
         protovalidate.validate(request)
     except protovalidate.ValidationError as error:

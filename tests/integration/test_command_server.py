@@ -23,7 +23,7 @@ from tally.event.v1.event_pb2 import Event
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 from tally.poll.v1.poll_pb2 import VOTING_METHOD_SINGLE_CHOICE, PollOption, PollSpec
 
-from command_server import ballot_box, polls
+from command_server import ballot_box, ballots, polls
 from contracts import freshness
 from contracts.voters import VoterKeys
 from runtime.embedded import Stores, free_port
@@ -196,7 +196,12 @@ async def test_a_repeat_is_answered_even_after_closing(server: CommandServiceAsy
     assert (await read_log(write_dsn, poll_id)).changes[-1] == "poll_closed"
 
 
-async def test_a_batch_is_judged_vote_by_vote(server: CommandServiceAsyncStub, write_dsn: str) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+async def test_a_batch_is_judged_vote_by_vote(
+    server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(ballots, "compiled", None)
     poll_id = await open_poll(server)
     await server.CastVote(vote(poll_id, "ada", "mon"))
     long = "v" * 257
