@@ -1,7 +1,10 @@
 """Names on NATS: the stream of events, and the request to publish events again."""
 
 import json
+from datetime import datetime
 from uuid import UUID
+
+from tally.event.v1.event_pb2 import Event
 
 STREAM = "TALLY_EVENTS"
 ALL_EVENTS = "tally.events.>"
@@ -27,6 +30,12 @@ def event_subject(shard: int, poll_id: UUID) -> str:
 def outbox_report_subject(shard: int) -> str:
     """Where the relay of a shard says what waits in its outbox."""
     return f"tally.outbox.{shard}"
+
+
+def event_message(poll_id: UUID, version: int, recorded_at: datetime, payload: bytes) -> bytes:
+    """A logged event as it goes on the stream: serialized messages one after the other are read as one, merged."""
+    head = Event(poll_id=str(poll_id), version=version, recorded_at=recorded_at)  # type: ignore[arg-type]
+    return head.SerializeToString() + payload
 
 
 def republish_request(poll_id: UUID, from_version: int) -> bytes:

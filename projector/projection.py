@@ -150,7 +150,7 @@ class Projection:
                     asyncio.TaskGroup() as tasks,
                 ):
                     looking = tasks.create_task(self._progress.look(bus))
-                    session = _Session(model, bus, self._progress, self._begun)
+                    session = _StreamSession(model, bus, self._progress, self._begun)
                     await session.run(stop, retry=not self._retried)
                     looking.cancel()
             except* expected as failures:
@@ -184,67 +184,36 @@ class Projection:
         self._ready()
 
 
-class _Session:
-    """One uninterrupted reading of the stream into the read model; `begun` is called when events are applied."""
+class Session:
+    """One uninterrupted application of events to a read model, wherever they come from: `begin`, then `apply`."""
 
-    def __init__(self, model: ReadModel, bus: Client, progress: Progress, begun: Callable[[], None]) -> None:
+    def __init__(self, model: ReadModel) -> None:
         self._model = model
-        self._bus = bus
-        self._progress = progress
-        self._begun = begun
         self._tallies = _Tallies()
         self._gaps = Gaps()
         # The polls that stand still, as the read model has them; and of the batch at hand what it does not have yet.
         self._parked: dict[str, DeadLetter] = {}
         self._letters: dict[str, DeadLetter | None] = {}
-        # What the read model holds, and how far the stream is read.
+        # What the read model holds, and how far the events are read.
         self._stored = self._reached = BEGINNING
-        self._checked_at = 0.0
         # When the latest of the applied events was recorded, in Unix seconds.
         self._recorded_at = 0.0
 
-    async def run(self, stop: asyncio.Event, *, retry: bool) -> None:
-        """Applies events until `stop`; with `retry`, those first at which polls stand still."""
+    async def begin(self) -> None:
+        """Finds out what the read model holds."""
         position = await self._model.position()
         if position is None:
             await self._model.store([], {}, None, BEGINNING)
             position = BEGINNING
-        self._stored = position
-        await self._reopen(retry)
-        async with stream.read(self._bus, position) as reader:
-            if reader.resumed:
-                self._reached = position
-            else:
-                log.info("reading the stream from its beginning", position=position.sequence)
-                self._reached = BEGINNING
-            self._begun()
-            while not stop.is_set():
-                messages = await reader.next(_LOOK_SECONDS)
-                if messages:
-                    await self._apply(messages)
-                else:
-                    await self._check()
-                await self._ask()
-                self._progress.applied(
-                    self._gaps.before_all or self._reached,
-                    self._recorded_at,
-                    everything=not messages or not messages[-1].pending,
-                    gapped=len(self._gaps),
-                    parked=len(self._parked),
-                )
-
-    async def _reopen(self, retry: bool) -> None:
-        """Asks for what comes next of the polls that stood still and go on; with `retry`, of all that stand still."""
+        self._stored = self._reached = position
         self._parked = {letter.poll_id: letter for letter in await self._model.dead_letters()}
         _parked.labels(self._model.name).set(len(self._parked))
-        for poll_id, tally in (await self._load(self._parked)).items():
-            letter, version = self._parked[poll_id], tally.version if tally else 0
-            if retry or version >= letter.version:
-                self._gaps.reopen(poll_id, version + 1, letter.latest)
 
-    async def _apply(self, messages: Sequence[Message]) -> None:
+    async def apply(self, messages: Sequence[Message]) -> list[Change]:
+        """Applies events, each once and in order, and moves the position to that of the last one; returns what it
+        changed."""
         received = self._decode(messages)
-        tallies = await self._load(received)
+        tallies = await self.load(received)
         changes: list[Change] = []
         for poll_id, batch in received.items():
             self._advance(poll_id, tallies[poll_id], batch, changes)
@@ -256,6 +225,7 @@ class _Session:
         for change in changes:
             self._tallies.keep(change.poll_id, change.tally)
         self._measure(changes)
+        return changes
 
     def _decode(self, messages: Sequence[Message]) -> dict[str, list[_Received]]:
         """The events by poll."""
@@ -270,7 +240,7 @@ class _Session:
                 received.setdefault(poll_id, []).append(_Received(event, message))
         return received
 
-    async def _load(self, poll_ids: Iterable[str]) -> dict[str, Tally | None]:
+    async def load(self, poll_ids: Iterable[str]) -> dict[str, Tally | None]:
         """The polls as the read model has them; None for one that it does not have."""
         tallies = {poll_id: self._tallies.get(poll_id) for poll_id in poll_ids}
         unknown = [poll_id for poll_id, tally in tallies.items() if tally is None]
@@ -342,19 +312,6 @@ class _Session:
         self._letters = {}
         return changes
 
-    async def _check(self) -> None:
-        """Notices, while nothing happens, that the read model was wiped or replaced."""
-        now = time.monotonic()
-        if now - self._checked_at > _CHECK_SECONDS:
-            self._checked_at = now
-            if await self._model.position() != self._stored:
-                raise Displaced("the position is not the one that was stored")
-
-    async def _ask(self) -> None:
-        for poll_id, version in self._gaps.due(time.monotonic()):
-            _requests.labels(self._model.name).inc()
-            await self._bus.publish(REPUBLISH, republish_request(UUID(poll_id), version))
-
     def _park(self, poll_id: str, version: int, error: str, received: Sequence[_Received]) -> None:
         """Lets a poll stand still before an event that cannot be applied."""
         message = next(message for event, message in received if event.version == version)
@@ -384,6 +341,61 @@ class _Session:
             self._recorded_at = max(self._recorded_at, change.tally.as_of.ToNanoseconds() / 1e9)
         _open_gaps.labels(name).set(len(self._gaps))
         _parked.labels(name).set(len(self._parked))
+
+
+class _StreamSession(Session):
+    """A session that reads the stream; `begun` is called when events are applied."""
+
+    def __init__(self, model: ReadModel, bus: Client, progress: Progress, begun: Callable[[], None]) -> None:
+        super().__init__(model)
+        self._bus = bus
+        self._progress = progress
+        self._begun = begun
+        self._checked_at = 0.0
+
+    async def run(self, stop: asyncio.Event, *, retry: bool) -> None:
+        """Applies events until `stop`; with `retry`, those first at which polls stand still."""
+        await self.begin()
+        await self._reopen(retry)
+        async with stream.read(self._bus, self._stored) as reader:
+            if not reader.resumed:
+                log.info("reading the stream from its beginning", position=self._stored.sequence)
+                self._reached = BEGINNING
+            self._begun()
+            while not stop.is_set():
+                messages = await reader.next(_LOOK_SECONDS)
+                if messages:
+                    await self.apply(messages)
+                else:
+                    await self._check()
+                await self._ask()
+                self._progress.applied(
+                    self._gaps.before_all or self._reached,
+                    self._recorded_at,
+                    everything=not messages or not messages[-1].pending,
+                    gapped=len(self._gaps),
+                    parked=len(self._parked),
+                )
+
+    async def _reopen(self, retry: bool) -> None:
+        """Asks for what comes next of the polls that stood still and go on; with `retry`, of all that stand still."""
+        for poll_id, tally in (await self.load(self._parked)).items():
+            letter, version = self._parked[poll_id], tally.version if tally else 0
+            if retry or version >= letter.version:
+                self._gaps.reopen(poll_id, version + 1, letter.latest)
+
+    async def _check(self) -> None:
+        """Notices, while nothing happens, that the read model was wiped or replaced."""
+        now = time.monotonic()
+        if now - self._checked_at > _CHECK_SECONDS:
+            self._checked_at = now
+            if await self._model.position() != self._stored:
+                raise Displaced("the position is not the one that was stored")
+
+    async def _ask(self) -> None:
+        for poll_id, version in self._gaps.due(time.monotonic()):
+            _requests.labels(self._model.name).inc()
+            await self._bus.publish(REPUBLISH, republish_request(UUID(poll_id), version))
 
 
 class _Tallies:

@@ -2,12 +2,13 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
 
 import asyncpg
-from tally.event.v1.event_pb2 import Event
 
+from contracts.bus import event_message
 from runtime.postgres import queries
 
 sql = queries(__package__)
@@ -65,7 +66,7 @@ class Outbox:
         rows = await self._connection.fetch(
             sql.next_events, acknowledged, self._shards, self._shard, CHUNK_EVENTS, CHUNK_BYTES
         )
-        return [OutboxEvent(row["outbox_id"], row["poll_id"], row["version"], _serialized(row)) for row in rows]
+        return [_event(*row) for row in rows]
 
 
 @asynccontextmanager
@@ -78,8 +79,5 @@ async def connect(dsn: str, shard: int, shards: int) -> AsyncIterator[Outbox]:
         connection.terminate()
 
 
-def _serialized(row: asyncpg.Record) -> bytes:
-    """The whole event: serialized messages one after the other are read as one, merged."""
-    head = Event(poll_id=str(row["poll_id"]), version=row["version"], recorded_at=row["recorded_at"])
-    payload: bytes = row["payload"]
-    return head.SerializeToString() + payload
+def _event(outbox_id: int, poll_id: UUID, version: int, recorded_at: datetime, payload: bytes) -> OutboxEvent:
+    return OutboxEvent(outbox_id, poll_id, version, event_message(poll_id, version, recorded_at, payload))
