@@ -21,6 +21,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from clients.failures import Failure
 from clients.output import say
+from contracts.read_models import READ_MODELS
 from migrations import migrate_read, migrate_write
 from runtime import embedded
 from runtime.supervisor import Died, Process, Program, Supervisor, supervise, write_atomically
@@ -60,8 +61,10 @@ _SERVICES = (
         "TALLY_QUERY_LISTEN",
     ),
     Service("relay", "relay", ("TALLY_WRITE_DSN", "TALLY_NATS_URL")),
-    Service("projector-live", "projector live", ("TALLY_NATS_URL", "TALLY_REDIS_URL")),
-    Service("projector-views", "projector views", ("TALLY_NATS_URL", "TALLY_READ_DSN")),
+    *(
+        Service(f"projector-{name}", f"projector {name}", ("TALLY_NATS_URL", store))
+        for name, store in READ_MODELS.items()
+    ),
 )
 
 

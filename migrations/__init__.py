@@ -7,7 +7,7 @@ from runtime import postgres
 WRITE = files(__name__) / "write"
 # Each read model in the read database has a schema of its own, named like it, so that it can be replaced as a whole:
 # `tally rebuild` makes another schema from the same files and puts it in this one's place.
-READ = {"views": files(__name__) / "read" / "views"}
+READ = {folder.name: folder for folder in (files(__name__) / "read").iterdir() if folder.is_dir()}
 
 
 async def migrate_write(dsn: str) -> list[str]:

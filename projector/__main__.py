@@ -1,19 +1,22 @@
-"""`python -m projector live|views`: one read model's projector, as a process."""
+"""`python -m projector NAME`: one read model's projector, as a process."""
 
 import asyncio
 import os
 import sys
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Mapping
 from functools import partial
 
 from pydantic import Field
 
+from contracts.read_models import READ_MODELS
+from projector.documents import Documents
 from projector.live import Live
 from projector.projection import Projection, ReadModel
 from projector.views import Views
 from runtime import lifecycle, telemetry
 from runtime.settings import PREFIX, Settings
+
+KINDS: Mapping[str, type[ReadModel]] = {kind.name: kind for kind in (Live, Views, Documents)}
 
 # How long a stop waits for the batch at hand.
 _STOP_SECONDS = 4.0
@@ -24,49 +27,50 @@ class ProjectorSettings(Settings):
 
     nats_url: str = Field(description="URL of NATS; several servers of a cluster are separated by commas.")
 
+    @property
+    def store(self) -> str:
+        """Where the store of the read model is."""
+        raise NotImplementedError
 
-class LiveSettings(ProjectorSettings):
-    """What `projector live` reads from the environment."""
+
+class RedisSettings(ProjectorSettings):
+    """What the projector of a read model in Redis reads from the environment."""
 
     redis_url: str = Field(description="URL of Redis.")
 
+    @property
+    def store(self) -> str:
+        return self.redis_url
 
-class ViewsSettings(ProjectorSettings):
-    """What `projector views` reads from the environment."""
+
+class ReadDatabaseSettings(ProjectorSettings):
+    """What the projector of a read model in the read database reads from the environment."""
 
     read_dsn: str = Field(description="Postgres URL of the read database.")
+
+    @property
+    def store(self) -> str:
+        return self.read_dsn
+
+
+SETTINGS: Mapping[str, type[ProjectorSettings]] = {
+    "TALLY_REDIS_URL": RedisSettings,
+    "TALLY_READ_DSN": ReadDatabaseSettings,
+}
 
 
 async def main(stop: asyncio.Event) -> None:
     match sys.argv[1:] or [os.environ.get(f"{PREFIX}READ_MODEL", "")]:
-        case ["live"]:
-            live_settings = LiveSettings.from_environment()
-            telemetry.start("projector live", live_settings)
-            await live(live_settings, stop)
-        case ["views"]:
-            views_settings = ViewsSettings.from_environment()
-            telemetry.start("projector views", views_settings)
-            await views(views_settings, stop)
+        case [name] if name in KINDS:
+            settings = SETTINGS[READ_MODELS[name]].from_environment()
+            telemetry.start(f"projector {name}", settings)
+            await project(KINDS[name], settings, stop)
         case _:
-            sys.exit(f"usage: python -m projector live|views, or set {PREFIX}READ_MODEL")
+            sys.exit(f"usage: python -m projector {'|'.join(KINDS)}, or set {PREFIX}READ_MODEL")
 
 
-async def live(settings: LiveSettings, stop: asyncio.Event) -> None:
-    """Keeps the live counters until `stop`."""
-    await _project(Live, partial(Live.connect, settings.redis_url), settings, stop)
-
-
-async def views(settings: ViewsSettings, stop: asyncio.Event) -> None:
-    """Keeps the read database until `stop`."""
-    await _project(Views, partial(Views.connect, settings.read_dsn), settings, stop)
-
-
-async def _project(
-    kind: type[ReadModel],
-    connect: Callable[[], AbstractAsyncContextManager[ReadModel]],
-    settings: ProjectorSettings,
-    stop: asyncio.Event,
-) -> None:
+async def project(kind: type[ReadModel], settings: ProjectorSettings, stop: asyncio.Event) -> None:
+    """Keeps a read model until `stop`."""
     announced = False
 
     def ready() -> None:
@@ -76,6 +80,7 @@ async def _project(
             lifecycle.announce("running", settings)
 
     async with asyncio.TaskGroup() as tasks:
+        connect = partial(kind.connect, settings.store)
         running = tasks.create_task(Projection(kind, connect, settings.nats_url, ready).run(stop))
         await stop.wait()
         await asyncio.wait([running], timeout=_STOP_SECONDS)

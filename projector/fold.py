@@ -16,10 +16,13 @@ from tally.poll.v1.poll_pb2 import (
     PollSpec,
     PollState,
 )
-from tally.query.v1.query_service_pb2 import Certification, OptionCount
+from tally.query.v1.query_service_pb2 import Certification, OptionCount, Outcome
 
 from contracts.counting import added_votes, count_changes
 from contracts.voters import KEY_BYTES
+
+# Of options that are equal at the top, so many are named.
+_MAX_LEADERS = 10
 
 
 class Tally(NamedTuple):
@@ -134,6 +137,20 @@ def fold(tally: Tally | None, event: Event) -> Tally:
             recount = event.certification_failed.recount
             tally = tally._replace(certification=_certification(tally, recount, agreed=False))
     return tally
+
+
+def outcome(tally: Tally) -> Outcome | None:
+    """What a closed poll came to; None before."""
+    if tally.state not in (POLL_STATE_CLOSED, POLL_STATE_CERTIFIED):
+        return None
+    most = max(tally.counts)
+    leaders = [
+        OptionCount(option_id=option.option_id, label=option.label, count=count)
+        for option, count in zip(tally.options, tally.counts, strict=True)
+        if count == most > 0
+    ]
+    certified = tally.state == POLL_STATE_CERTIFIED
+    return Outcome(leaders=leaders[:_MAX_LEADERS], total_votes=tally.total_votes, certified=certified)
 
 
 def _planned(tally: Tally, spec: PollSpec) -> Tally:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 from uuid import UUID
 
 from redis.asyncio import Redis
@@ -49,7 +49,7 @@ class Live:
 
     @classmethod
     @asynccontextmanager
-    async def connect(cls, redis_url: str) -> AsyncIterator["Live"]:
+    async def connect(cls, redis_url: str) -> AsyncIterator[Self]:
         """Opens the read model for one session."""
         # No retries below this: the session begins anew and finds out what was stored. No socket_timeout either: it
         # uses asyncio.wait_for, which in Python 3.11 can lose a cancellation; each question has its own limit.

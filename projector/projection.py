@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from datetime import UTC, datetime
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, Self
 from uuid import UUID
 
 import structlog
@@ -87,6 +87,10 @@ class ReadModel(Protocol):
     # What its store raises when it is away, and when it is there but refuses data for what they are.
     failures: ClassVar[tuple[type[Exception], ...]]
     refusals: ClassVar[tuple[type[Exception], ...]]
+
+    @classmethod
+    def connect(cls, store: str, /) -> AbstractAsyncContextManager[Self]:
+        """Opens it in its store for one session."""
 
     async def position(self) -> Position | None:
         """How far into the stream it is; None: nowhere."""

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from struct import Struct
 from typing import ClassVar
@@ -13,42 +12,23 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from tally.event.v1.event_pb2 import Event
 from tally.poll.v1.poll_pb2 import (
     ELIGIBILITY_ROLL,
-    POLL_STATE_CERTIFIED,
-    POLL_STATE_CLOSED,
     RESULTS_VISIBILITY_AFTER_CLOSE,
     PollOption,
     PollSpec,
     PollState,
     VotingMethod,
 )
-from tally.query.v1.query_service_pb2 import Certification, OptionCount, Outcome
+from tally.query.v1.query_service_pb2 import Certification
 
 from contracts.counting import added_votes
-from contracts.dead_letters import DeadLetter
 from contracts.views import CHANNEL, TURNOUT_GRAIN, announcements
 from contracts.voters import KEY_BYTES
-from projector.fold import Tally
+from projector.fold import Tally, outcome
 from projector.projection import Change, Displaced
-from projector.stream import Position
+from projector.schema import SECONDS, Schema
 from runtime import postgres
 
 sql = postgres.queries(__package__)
-
-_SECONDS = 30.0
-_SESSION = {
-    "application_name": "projector views",
-    "search_path": "views",
-    # A commit that a crash undoes is read from the stream again: its position is undone with it.
-    "synchronous_commit": "off",
-    "idle_in_transaction_session_timeout": "30s",
-    # Each of these statements knows its rows by key, however many rows a table has.
-    "enable_seqscan": "off",
-    "enable_hashjoin": "off",
-    "enable_mergejoin": "off",
-    "tcp_keepalives_idle": "5",
-    "tcp_keepalives_interval": "1",
-    "tcp_keepalives_count": "5",
-}
 
 # COPY's binary format: a header, rows of fields that each begin with their length, and an end.
 _COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
@@ -60,87 +40,39 @@ _VOTE_TAIL = Struct(">iq iq ii")
 _KEY = Struct(f"{KEY_BYTES}s")
 # Postgres counts time from 2000.
 _EPOCH_SECONDS = 946_684_800
-# Of options that are equal at the top, so many are named.
-_MAX_LEADERS = 10
 
 
-class Views:
+class Views(Schema):
     """The read model `views`; made by `connect`."""
 
     name: ClassVar[str] = "views"
-    failures: ClassVar[tuple[type[Exception], ...]] = (*postgres.UNAVAILABLE, asyncpg.PostgresError)
-    refusals: ClassVar[tuple[type[Exception], ...]] = (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError)
-
-    def __init__(self, connection: asyncpg.Connection, copy: int) -> None:
-        self._connection = connection
-        self._copy = copy
-
-    @classmethod
-    @asynccontextmanager
-    async def connect(cls, read_dsn: str) -> AsyncIterator["Views"]:
-        """Opens the read model for one session."""
-        connection = await asyncpg.connect(read_dsn, timeout=5, command_timeout=_SECONDS, server_settings=_SESSION)
-        try:
-            yield cls(connection, await connection.fetchval(sql.copy))
-        finally:
-            connection.terminate()
-
-    async def position(self) -> Position | None:
-        row = await self._connection.fetchrow(sql.position, self._copy)
-        return Position(*row) if row else None
 
     async def load(self, poll_ids: Sequence[str]) -> dict[str, Tally]:
         rows = await self._connection.fetch(sql.tallies, poll_ids)
         return {str(row["poll_id"]): _tally(row) for row in rows}
 
-    async def dead_letters(self) -> list[DeadLetter]:
-        return [DeadLetter(*row) for row in await self._connection.fetch(sql.dead_letters)]
-
-    async def store(
-        self,
-        changes: Sequence[Change],
-        letters: Mapping[str, DeadLetter | None],
-        old: Position | None,
-        new: Position,
-    ) -> None:
-        async with self._connection.transaction():
-            # First, and so that everything after it is in the same copy: whoever replaces the copy by another one waits
-            # until nobody has changed this table and not committed yet.
-            if old is None:
-                moved = await self._connection.execute(sql.begin, *new)
-            else:
-                moved = await self._connection.execute(sql.move, *old, *new, self._copy)
-            if moved not in ("INSERT 0 1", "UPDATE 1"):
-                raise Displaced("the position is not the one that was stored")
-            poll_nos = await self._store_polls(changes)
-            if len(poll_nos) != len(changes):
-                raise Displaced("a poll is not at the version that this process left it at")
-            events = [(poll_nos[change.poll_id], event) for change in changes for event in change.events]
-            # An event without replaced votes has only voters who are new, whatever events are around it.
-            fresh = [event for event in events if not event[1].votes_cast.replaced]
-            rows = [row for poll_no, event in fresh for row in _votes(poll_no, event)]
-            if rows:
-                # In the order of their key, as the index has them: that halves what an insertion costs the server.
-                rows.sort()
-                await self._connection.copy_to_table(
-                    "votes", source=_copied(rows), columns=_VOTE_COLUMNS, format="binary", timeout=_SECONDS
-                )
-            for poll_no, event in events:
-                if event.votes_cast.replaced:
-                    await self._replace_votes(poll_no, event)
-            if turnout := _turnout(events):
-                await self._connection.execute(sql.add_turnout, *zip(*turnout, strict=True))
-            for poll_id, letter in letters.items():
-                if letter:
-                    await self._connection.execute(sql.keep_dead_letter, *letter)
-                else:
-                    await self._connection.execute(sql.drop_dead_letter, poll_id)
-            if changes:
-                versions = [(change.poll_id, change.tally.version) for change in changes]
-                await self._connection.execute(sql.announce, CHANNEL, announcements(versions))
-
-    async def report(self, status: bytes) -> None:
-        await self._connection.execute(sql.report, self.name, status)
+    async def _apply(self, changes: Sequence[Change]) -> None:
+        poll_nos = await self._store_polls(changes)
+        if len(poll_nos) != len(changes):
+            raise Displaced("a poll is not at the version that this process left it at")
+        events = [(poll_nos[change.poll_id], event) for change in changes for event in change.events]
+        # An event without replaced votes has only voters who are new, whatever events are around it.
+        fresh = [event for event in events if not event[1].votes_cast.replaced]
+        rows = [row for poll_no, event in fresh for row in _votes(poll_no, event)]
+        if rows:
+            # In the order of their key, as the index has them: that halves what an insertion costs the server.
+            rows.sort()
+            await self._connection.copy_to_table(
+                "votes", source=_copied(rows), columns=_VOTE_COLUMNS, format="binary", timeout=SECONDS
+            )
+        for poll_no, event in events:
+            if event.votes_cast.replaced:
+                await self._replace_votes(poll_no, event)
+        if turnout := _turnout(events):
+            await self._connection.execute(sql.add_turnout, *zip(*turnout, strict=True))
+        if changes:
+            versions = [(change.poll_id, change.tally.version) for change in changes]
+            await self._connection.execute(sql.announce, CHANNEL, announcements(versions))
 
     async def _replace_votes(self, poll_no: int, event: Event) -> None:
         """The votes of an event some of which take the place of earlier ones."""
@@ -280,18 +212,8 @@ def _certification(tally: Tally) -> bytes | None:
 
 
 def _outcome(tally: Tally) -> bytes | None:
-    if tally.state not in (POLL_STATE_CLOSED, POLL_STATE_CERTIFIED):
-        return None
-    most = max(tally.counts)
-    leaders = [
-        OptionCount(option_id=option.option_id, label=option.label, count=count)
-        for option, count in zip(tally.options, tally.counts, strict=True)
-        if count == most > 0
-    ]
-    certified = tally.state == POLL_STATE_CERTIFIED
-    return Outcome(
-        leaders=leaders[:_MAX_LEADERS], total_votes=tally.total_votes, certified=certified
-    ).SerializeToString()
+    came_to = outcome(tally)
+    return came_to.SerializeToString() if came_to else None
 
 
 def _when(events: Sequence[Event], *changes: str) -> datetime | None:

@@ -30,4 +30,5 @@ FROM polls LEFT JOIN votes ON votes.poll_no = polls.poll_no AND votes.voter_key 
 WHERE poll_id = $1
 
 -- statuses: what the projectors of this database say of themselves
-SELECT read_model, status FROM projector_status
+SELECT read_model, status FROM views.projector_status
+UNION ALL SELECT read_model, status FROM documents.projector_status

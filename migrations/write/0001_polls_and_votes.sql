@@ -24,7 +24,7 @@ CREATE TABLE events (
     recorded_at timestamptz NOT NULL,
     -- The votes of this event carry the same number. NULL for events without votes.
     batch_id bigint,
-    -- tally.event.v1.Event, serialized, with only `change` and `ignorable`: the other fields are the columns above.
+    -- tally.event.v1.Event, serialized, with only its `change` set: the other fields are the columns above.
     payload bytea NOT NULL,
     PRIMARY KEY (poll_no, version)
 );

@@ -27,7 +27,8 @@ from contracts.bus import ALL_EVENTS, REPUBLISH, STREAM, VERSION_HEADER, event_s
 from contracts.dead_letters import DeadLetter
 from contracts.live import FIRST_GENERATION, live_channel, live_key, position_key
 from projector import projection
-from projector.__main__ import LiveSettings, ViewsSettings, live, views
+from projector.__main__ import ReadDatabaseSettings, RedisSettings, project
+from projector.documents import Documents
 from projector.fold import advance
 from projector.live import Live
 from projector.projection import Change, Displaced
@@ -88,11 +89,15 @@ class Everything:
 
     @property
     def live(self) -> Runner:
-        return lambda stop: live(LiveSettings(**self.settings), stop)  # type: ignore[arg-type]
+        return lambda stop: project(Live, RedisSettings(**self.settings), stop)  # type: ignore[arg-type]
 
     @property
     def views(self) -> Runner:
-        return lambda stop: views(ViewsSettings(**self.settings), stop)  # type: ignore[arg-type]
+        return lambda stop: project(Views, ReadDatabaseSettings(**self.settings), stop)  # type: ignore[arg-type]
+
+    @property
+    def documents(self) -> Runner:
+        return lambda stop: project(Documents, ReadDatabaseSettings(**self.settings), stop)  # type: ignore[arg-type]
 
     async def stream(self) -> JetStreamContext:
         """An empty stream, for tests that publish themselves."""
@@ -142,6 +147,22 @@ class Everything:
         assert row["total_votes"] == len(poll.voters)
         votes = await self.read.fetch("SELECT voter_key, version FROM votes WHERE poll_no = $1", row["poll_no"])
         assert {vote["voter_key"].bytes: vote["version"] for vote in votes} == poll.voters
+
+    async def in_documents(self, poll: WrittenPoll) -> None:
+        """Fails unless the document has exactly what was written."""
+        row = await self.read.fetchrow("SELECT * FROM documents.documents WHERE poll_id = $1", poll.poll_id)
+        assert row is not None
+        document = json.loads(row["document"])
+        assert (row["version"], document["version"], document["poll_id"]) == (
+            poll.version,
+            poll.version,
+            str(poll.poll_id),
+        )
+        assert [option["option_id"] for option in document["options"]] == [
+            option.option_id for option in poll.spec.options
+        ]
+        assert [option["count"] for option in document["options"]] == poll.counts
+        assert document["turnout"]["total_votes"] == len(poll.voters)
 
     async def counted(self, *polls: WrittenPoll) -> None:
         """Waits until both read models have these polls as they were written."""
@@ -471,12 +492,14 @@ async def test_two_projectors_of_one_read_model_count_nothing_twice(all_: Everyt
         await all_.counted(*polls)
 
 
-@pytest.mark.parametrize("kind", [Live, Views])
-async def test_a_change_is_stored_whole_or_not_at_all(all_: Everything, kind: type[Live] | type[Views]) -> None:
+@pytest.mark.parametrize("kind", [Live, Views, Documents])
+async def test_a_change_is_stored_whole_or_not_at_all(
+    all_: Everything, kind: type[Live] | type[Views] | type[Documents]
+) -> None:
     log = all_.log
     first, second = await log.poll(), await log.poll()
     url = all_.settings["redis_url" if kind is Live else "read_dsn"]
-    check = all_.in_redis if kind is Live else all_.in_views
+    check = {Live: all_.in_redis, Views: all_.in_views, Documents: all_.in_documents}[kind]
 
     async def change(poll: WrittenPoll, before: int) -> Change:
         events = await log.events(poll)

@@ -25,7 +25,9 @@ from tally.query.v1.query_service_pb2 import (
 from tally.query.v1.query_service_pb2_grpc import QueryServiceStub
 
 from contracts import status
-from projector.__main__ import LiveSettings, ViewsSettings, live, views
+from projector.__main__ import ReadDatabaseSettings, RedisSettings, project
+from projector.live import Live
+from projector.views import Views
 from query_server.__main__ import QuerySettings
 from query_server.__main__ import serve as serve_queries
 from relay.__main__ import RelaySettings, relay
@@ -95,8 +97,8 @@ async def running(settings: dict[str, str], *services: str) -> AsyncIterator[Non
     """Some of relay, live and views, in this process."""
     runners: dict[str, Any] = {
         "relay": lambda stop: relay(RelaySettings(**settings), stop),  # type: ignore[arg-type]
-        "live": lambda stop: live(LiveSettings(**settings), stop),  # type: ignore[arg-type]
-        "views": lambda stop: views(ViewsSettings(**settings), stop),  # type: ignore[arg-type]
+        "live": lambda stop: project(Live, RedisSettings(**settings), stop),  # type: ignore[arg-type]
+        "views": lambda stop: project(Views, ReadDatabaseSettings(**settings), stop),  # type: ignore[arg-type]
     }
     stop = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:

@@ -26,7 +26,7 @@ from tally.poll.v1.poll_pb2 import VOTING_METHOD_SINGLE_CHOICE, PollOption, Poll
 
 from tests.servers import sql, views_of
 
-PROCESSES = {"command_server": 1, "query_server": 1, "relay": 1, "projector": 2, "postgres": 1, "nats": 1, "redis": 1}
+PROCESSES = {"command_server": 1, "query_server": 1, "relay": 1, "projector": 3, "postgres": 1, "nats": 1, "redis": 1}
 ADDRESSES = {"command_address", "query_address", "write_dsn", "read_dsn", "nats_url", "redis_url"}
 NONE_SET = {f"TALLY_{name}": "" for name in ("WRITE_DSN", "READ_DSN", "NATS_URL", "REDIS_URL", "VOTER_SECRET")}
 

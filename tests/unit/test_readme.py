@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from command_server.__main__ import CommandSettings
-from projector.__main__ import LiveSettings, ViewsSettings
+from projector import __main__ as projector
 from query_server.__main__ import QuerySettings
 from relay.__main__ import RelaySettings
 from runtime.settings import Settings
@@ -15,7 +15,7 @@ README = Path("README.md").read_text()
 INTERNAL = {"worker"}
 
 
-@pytest.mark.parametrize("settings", [CommandSettings, QuerySettings, RelaySettings, LiveSettings, ViewsSettings])
+@pytest.mark.parametrize("settings", [CommandSettings, QuerySettings, RelaySettings, *projector.SETTINGS.values()])
 def test_every_setting_is_in_the_table(settings: type[Settings]) -> None:
     for name in settings.model_fields.keys() - INTERNAL:
         assert f"`TALLY_{name.upper()}`" in README, name

@@ -1,0 +1,94 @@
+"""A read model that is a schema of the read database: what all of them have in common."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import ClassVar, Self
+
+import asyncpg
+
+from contracts.dead_letters import DeadLetter
+from projector.fold import Tally
+from projector.projection import Change, Displaced
+from projector.stream import Position
+from runtime import postgres
+
+sql = postgres.queries(__package__, "schema.sql")
+
+SECONDS = 30.0
+_SESSION = {
+    # A commit that a crash undoes is read from the stream again: its position is undone with it.
+    "synchronous_commit": "off",
+    "idle_in_transaction_session_timeout": "30s",
+    # Each of these statements knows its rows by key, however many rows a table has.
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "1",
+    "tcp_keepalives_count": "5",
+}
+
+
+class Schema:
+    """A read model in the schema of its `name`, which has the tables stream_position, dead_letters
+    and projector_status, and its own."""
+
+    name: ClassVar[str]
+    failures: ClassVar[tuple[type[Exception], ...]] = (*postgres.UNAVAILABLE, asyncpg.PostgresError)
+    refusals: ClassVar[tuple[type[Exception], ...]] = (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError)
+
+    def __init__(self, connection: asyncpg.Connection, copy: int) -> None:
+        self._connection = connection
+        self._copy = copy
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, read_dsn: str) -> AsyncIterator[Self]:
+        """Opens the read model for one session."""
+        session = _SESSION | {"application_name": f"projector {cls.name}", "search_path": cls.name}
+        connection = await asyncpg.connect(read_dsn, timeout=5, command_timeout=SECONDS, server_settings=session)
+        try:
+            yield cls(connection, await connection.fetchval(sql.copy))
+        finally:
+            connection.terminate()
+
+    async def position(self) -> Position | None:
+        row = await self._connection.fetchrow(sql.position, self._copy)
+        return Position(*row) if row else None
+
+    async def load(self, poll_ids: Sequence[str]) -> dict[str, Tally]:
+        """Those of the polls that it has."""
+        raise NotImplementedError
+
+    async def dead_letters(self) -> list[DeadLetter]:
+        return [DeadLetter(*row) for row in await self._connection.fetch(sql.dead_letters)]
+
+    async def store(
+        self,
+        changes: Sequence[Change],
+        letters: Mapping[str, DeadLetter | None],
+        old: Position | None,
+        new: Position,
+    ) -> None:
+        async with self._connection.transaction():
+            # First, and so that everything after it is in the same copy: whoever replaces the copy by another one waits
+            # until nobody has changed this table and not committed yet.
+            if old is None:
+                moved = await self._connection.execute(sql.begin, *new)
+            else:
+                moved = await self._connection.execute(sql.move, *old, *new, self._copy)
+            if moved not in ("INSERT 0 1", "UPDATE 1"):
+                raise Displaced("the position is not the one that was stored")
+            await self._apply(changes)
+            for poll_id, letter in letters.items():
+                if letter:
+                    await self._connection.execute(sql.keep_dead_letter, *letter)
+                else:
+                    await self._connection.execute(sql.drop_dead_letter, poll_id)
+
+    async def report(self, status: bytes) -> None:
+        await self._connection.execute(sql.report, self.name, status)
+
+    async def _apply(self, changes: Sequence[Change]) -> None:
+        """Applies changes, within a transaction. Raises Displaced where a poll is not at the version before its own."""
+        raise NotImplementedError
