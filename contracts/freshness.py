@@ -19,6 +19,10 @@ class Freshness(NamedTuple):
     version: int
 
 
+# What a reader without a token wants to see.
+ANY_STATE = Freshness(UUID(int=0), 0)
+
+
 def token(poll_id: UUID, version: int) -> str:
     """The token for a poll at a version, safe in URLs and headers."""
     return urlsafe_b64encode(_LAYOUT.pack(_FORMAT, poll_id.bytes, version)).decode().rstrip("=")

@@ -32,3 +32,24 @@ WHERE poll_id = $1
 -- statuses: what the projectors of this database say of themselves
 SELECT read_model, status FROM views.projector_status
 UNION ALL SELECT read_model, status FROM documents.projector_status
+
+-- version: at which version a poll is
+SELECT version FROM polls WHERE poll_id = $1
+
+-- poll_no: the number of a poll in this database
+SELECT poll_no FROM polls WHERE poll_id = $1
+
+-- voter_votes: a voter's votes in polls that came before a number, the latest first, each with what became of the poll
+SELECT poll_id, title, state, outcome, votes.version, votes.recorded_at
+FROM votes JOIN polls USING (poll_no)
+WHERE voter_key = $1 AND votes.poll_no < $2
+ORDER BY votes.poll_no DESC LIMIT $3
+
+-- turnout_poll: what is known of a poll's turnout without looking at when it was
+SELECT poll_no, version, as_of, opened_at, closed_at, total_votes, eligible_voters FROM polls WHERE poll_id = $1
+
+-- turnout: how many voted in each length of time, from $3 to $4; and before all that, with no start
+SELECT CASE WHEN start_time >= $3 THEN date_bin(make_interval(secs => $2), start_time, 'epoch') END AS start_time,
+    sum(votes)::bigint AS votes
+FROM turnout WHERE poll_no = $1 AND start_time < $4
+GROUP BY 1

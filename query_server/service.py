@@ -10,6 +10,7 @@ from tally.poll.v1.error_reason_pb2 import ErrorReason
 from tally.query.v1 import query_service_pb2 as pb
 from tally.query.v1.query_service_pb2_grpc import QueryServiceServicer
 
+from contracts.freshness import ANY_STATE, parse
 from contracts.live import are_hidden
 from contracts.refusals import Refusal, invalid_request, poll_not_found, results_hidden
 from contracts.voters import VoterKeys
@@ -110,10 +111,23 @@ class QueryService(QueryServiceServicer):
         return answer
 
     async def ListVoterVotes(self, request: pb.ListVoterVotesRequest, context: Context) -> pb.ListVoterVotesResponse:
-        raise NotImplementedError
+        voter_key = self._voters.voter_key(request.voter_id)
+        fresh = parse(request.at_least_as_fresh) if request.at_least_as_fresh else ANY_STATE
+
+        async def read() -> tuple[int, pb.ListVoterVotesResponse]:
+            return await self._views.voter_votes(voter_key, request.page_size, request.page_token, fresh.poll_id)
+
+        _, page = await caught_up(self._announcements, *fresh, read, patience(context))
+        for vote in page.votes:
+            vote.receipt.receipt_id = self._voters.receipt_id(UUID(vote.receipt.poll_id), voter_key)
+        return page
 
     async def GetTurnout(self, request: pb.GetTurnoutRequest, context: Context) -> pb.GetTurnoutResponse:
-        raise NotImplementedError
+        poll_id = UUID(request.poll_id)
+        _, turnout = await self._fresh(request, context, poll_id, lambda: self._views.turnout(request))
+        if turnout is None:
+            raise poll_not_found(poll_id)
+        return turnout
 
     async def GetReadModelStatus(
         self, request: pb.GetReadModelStatusRequest, context: Context
@@ -122,7 +136,7 @@ class QueryService(QueryServiceServicer):
 
     async def _fresh(
         self,
-        request: pb.GetPollRequest | pb.GetVoteRequest,
+        request: pb.GetPollRequest | pb.GetVoteRequest | pb.GetTurnoutRequest,
         context: Context,
         poll_id: UUID,
         read: Callable[[], Awaitable[tuple[int, Answer]]],

@@ -2,12 +2,12 @@
 
 import asyncio
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from struct import Struct
 from struct import error as StructError  # noqa: N812
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from uuid import UUID
 
 import asyncpg
@@ -15,17 +15,28 @@ from tally.poll.v1.poll_pb2 import Eligibility, PollOption, PollState, ResultsVi
 from tally.query.v1.query_service_pb2 import (
     Certification,
     GetResultsResponse,
+    GetTurnoutRequest,
+    GetTurnoutResponse,
     ListPollsResponse,
+    ListVoterVotesResponse,
     OptionCount,
+    Outcome,
     Poll,
     Results,
     ResultsSource,
+    VoterVote,
 )
 
 from contracts.freshness import token
 from contracts.live import hidden_results
-from contracts.refusals import invalid_request
+from contracts.refusals import Refusal, invalid_request
+from query_server.turnout import buckets
 from runtime.postgres import queries
+
+if TYPE_CHECKING:
+    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
+
+Element = TypeVar("Element", Poll, VoterVote)
 
 sql = queries(__package__)
 
@@ -44,6 +55,10 @@ _PREFETCH = 50
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _PAGE_TOKEN = Struct(">BBq16s")
 _PAGE_TOKEN_FORMAT = 1
+_VOTES_PAGE_TOKEN = Struct(">B16s")
+_VOTES_PAGE_TOKEN_FORMAT = 2
+# Above the number of every poll.
+_AFTER_ALL_POLLS = 2**31 - 1
 
 
 class Views:
@@ -85,16 +100,55 @@ class Views:
         query, arguments = sql.polls_page, [after.created_at, after.poll_id, limit + 1]
         if state:
             query, arguments = sql.polls_page_in_state, [*arguments, PollState.Name(state).removeprefix("POLL_STATE_")]
-        page, size = ListPollsResponse(), 0
+        page = ListPollsResponse()
         async with self._connection() as connection, connection.transaction():
-            async for row in connection.cursor(query, *arguments, prefetch=_PREFETCH):
-                poll = _poll(row)
-                size += poll.ByteSize()
-                if len(page.polls) == limit or (page.polls and size > MAX_ANSWER_BYTES):
-                    page.next_page_token = _page_token(page.polls[-1], state)
-                    break
-                page.polls.append(poll)
+            if await _fill(page.polls, limit, _poll, connection.cursor(query, *arguments, prefetch=_PREFETCH)):
+                page.next_page_token = _page_token(page.polls[-1], state)
         return page
+
+    async def voter_votes(
+        self, voter_key: bytes, page_size: int, page_token: str, poll_id: UUID
+    ) -> tuple[int, ListVoterVotesResponse]:
+        """A page of a voter's votes without their receipt_ids, and the version of a poll that it shows; 0: none.
+
+        Raises INVALID_REQUEST for a token that no page returned.
+        """
+        limit, before = page_size or _DEFAULT_PAGE_SIZE, _AFTER_ALL_POLLS
+        page = ListVoterVotesResponse()
+        async with self._connection() as connection, connection.transaction():
+            # First, so that what follows shows this version or a later one.
+            version = await connection.fetchval(sql.version, poll_id) or 0
+            if page_token:
+                before = await connection.fetchval(sql.poll_no, _parse_votes_page_token(page_token))
+                if before is None:
+                    raise _bad_page_token()
+            votes = connection.cursor(sql.voter_votes, UUID(bytes=voter_key), before, limit + 1, prefetch=_PREFETCH)
+            if await _fill(page.votes, limit, _voter_vote, votes):
+                page.next_page_token = _votes_page_token(page.votes[-1])
+        return version, page
+
+    async def turnout(self, request: GetTurnoutRequest) -> tuple[int, GetTurnoutResponse | None]:
+        """How many voted when, with the poll's version; 0 and None if there is no such poll."""
+        # All of it as of one moment.
+        async with self._connection() as connection, connection.transaction(isolation="repeatable_read"):
+            poll = await connection.fetchrow(sql.turnout_poll, UUID(request.poll_id))
+            if poll is None:
+                return 0, None
+            chart = buckets(request, poll["opened_at"], poll["closed_at"] or poll["as_of"])
+            start, end = (datetime.fromtimestamp(moment, UTC) for moment in (chart.start, chart.end))
+            rows = await connection.fetch(sql.turnout, poll["poll_no"], chart.length, start, end)
+        votes = {row["start_time"]: row["votes"] for row in rows}
+        before = votes.pop(None, 0)
+        response = GetTurnoutResponse(
+            poll_id=str(UUID(request.poll_id)),
+            version=poll["version"],
+            as_of=poll["as_of"],
+            buckets=chart.filled({int(start.timestamp()): count for start, count in votes.items()}, before),
+            total_votes=poll["total_votes"],
+            eligible_voters=poll["eligible_voters"],
+        )
+        response.bucket.seconds = chart.length
+        return poll["version"], response
 
     async def statuses(self) -> dict[str, bytes]:
         """What the projectors of this database say of themselves, by read model."""
@@ -130,24 +184,63 @@ class _Place(NamedTuple):
 _FIRST_PAGE = _Place(datetime(9999, 12, 31, tzinfo=UTC), UUID(int=0))
 
 
+async def _fill(
+    page: "RepeatedCompositeFieldContainer[Element]", limit: int, element_of: Callable[[Any], Element], rows: Any
+) -> bool:
+    """Makes an element of each row, up to `limit` or what an answer can hold; says whether rows are left."""
+    size = 0
+    async for row in rows:
+        element = element_of(row)
+        size += element.ByteSize()
+        if len(page) == limit or (page and size > MAX_ANSWER_BYTES):
+            return True
+        page.append(element)
+    return False
+
+
 def _page_token(last: Poll, state: PollState.ValueType) -> str:
     microseconds = last.created_at.ToMicroseconds()
-    packed = _PAGE_TOKEN.pack(_PAGE_TOKEN_FORMAT, state, microseconds, UUID(last.poll_id).bytes)
-    return urlsafe_b64encode(packed).decode().rstrip("=")
+    return _packed(_PAGE_TOKEN, _PAGE_TOKEN_FORMAT, state, microseconds, UUID(last.poll_id).bytes)
 
 
 def _parse_page_token(page_token: str, state: PollState.ValueType) -> _Place:
-    try:
-        padded = page_token + "=" * (-len(page_token) % 4)
-        token_format, token_state, microseconds, poll_id = _PAGE_TOKEN.unpack(urlsafe_b64decode(padded.encode("ascii")))
-        place = _Place(_EPOCH + timedelta(microseconds=microseconds), UUID(bytes=poll_id))
-    except (ValueError, OverflowError, StructError):
-        token_format = None
+    token_format, token_state, microseconds, poll_id = _unpacked(_PAGE_TOKEN, page_token)
     if token_format != _PAGE_TOKEN_FORMAT:
-        raise invalid_request({"page_token": "must be the next_page_token of the page before"})
+        raise _bad_page_token()
+    try:
+        place = _Place(_EPOCH + timedelta(microseconds=microseconds), UUID(bytes=poll_id))
+    except OverflowError:
+        raise _bad_page_token() from None
     if token_state != state:
         raise invalid_request({"page_token": "belongs to a list with another state"})
     return place
+
+
+def _votes_page_token(last: VoterVote) -> str:
+    # The poll's id, not its number: that is another one in a read database that was made anew.
+    return _packed(_VOTES_PAGE_TOKEN, _VOTES_PAGE_TOKEN_FORMAT, UUID(last.receipt.poll_id).bytes)
+
+
+def _parse_votes_page_token(page_token: str) -> UUID:
+    token_format, poll_id = _unpacked(_VOTES_PAGE_TOKEN, page_token)
+    if token_format != _VOTES_PAGE_TOKEN_FORMAT:
+        raise _bad_page_token()
+    return UUID(bytes=poll_id)
+
+
+def _packed(layout: Struct, *values: int | bytes) -> str:
+    return urlsafe_b64encode(layout.pack(*values)).decode().rstrip("=")
+
+
+def _unpacked(layout: Struct, page_token: str) -> tuple[Any, ...]:
+    try:
+        return layout.unpack(urlsafe_b64decode((page_token + "=" * (-len(page_token) % 4)).encode("ascii")))
+    except (ValueError, StructError):
+        raise _bad_page_token() from None
+
+
+def _bad_page_token() -> Refusal:
+    return invalid_request({"page_token": "must be the next_page_token of the page before"})
 
 
 def _poll(row: Any) -> Poll:
@@ -169,6 +262,15 @@ def _poll(row: Any) -> Poll:
         allow_vote_change=row["allow_vote_change"],
         eligibility=Eligibility.Value(f"ELIGIBILITY_{row['eligibility']}"),
         results_visibility=ResultsVisibility.Value(f"RESULTS_VISIBILITY_{row['results_visibility']}"),
+    )
+
+
+def _voter_vote(row: Any) -> VoterVote:
+    return VoterVote(
+        receipt=VoteReceipt(poll_id=str(row["poll_id"]), version=row["version"], recorded_at=row["recorded_at"]),
+        poll_title=row["title"],
+        poll_state=_state(row),
+        outcome=Outcome.FromString(row["outcome"]) if row["outcome"] else None,
     )
 
 

@@ -15,6 +15,8 @@ from tally.command.v1.command_service_pb2_grpc import CommandServiceStub
 
 from command_server.__main__ import CommandSettings
 from command_server.__main__ import serve as serve_commands
+from query_server.__main__ import QuerySettings
+from query_server.__main__ import serve as serve_queries
 
 if TYPE_CHECKING:
     from tally.command.v1.command_service_pb2_grpc import CommandServiceAsyncStub
@@ -49,6 +51,15 @@ async def command_server(write_dsn: str) -> AsyncIterator[CommandServiceAsyncStu
     """A client of a command server on this database."""
     async with command_channel(write_dsn) as channel:
         yield CommandServiceStub(channel)
+
+
+@asynccontextmanager
+async def query_channel(read_dsn: str, redis_url: str, **fields: Any) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to a query server on these stores."""
+    fields = {"query_listen": "127.0.0.1:0", **fields}
+    settings = QuerySettings(read_dsn=read_dsn, redis_url=redis_url, voter_secret=VOTER_SECRET, **fields)
+    async with serving(lambda stop, ready: serve_queries(settings, stop, ready)) as channel:
+        yield channel
 
 
 def views_of(read_dsn: str) -> str:

@@ -40,12 +40,10 @@ from projector.stream import Position
 from query_server import announcements as announcing
 from query_server import freshness, watchers
 from query_server import service as query_service
-from query_server.__main__ import QuerySettings
-from query_server.__main__ import serve as serve_queries
 from runtime.embedded import Stores, free_port
 from tests.processes import service
 from tests.proxy import Proxy, proxy
-from tests.servers import VOTER_SECRET, Refused, refused, serving, views_of
+from tests.servers import VOTER_SECRET, Refused, query_channel, refused, views_of
 
 if TYPE_CHECKING:
     from tally.query.v1.query_service_pb2_grpc import QueryServiceAsyncStub
@@ -147,14 +145,6 @@ async def models(read_dsn: str, redis_url: str) -> AsyncIterator[ReadModels]:
         redis.asyncio.Redis.from_url(redis_url) as client,
     ):
         yield ReadModels(pool, client)
-
-
-@asynccontextmanager
-async def query_channel(read_dsn: str, redis_url: str, **fields: Any) -> AsyncIterator[grpc.aio.Channel]:
-    fields = {"query_listen": "127.0.0.1:0", **fields}
-    settings = QuerySettings(read_dsn=read_dsn, redis_url=redis_url, voter_secret=VOTER_SECRET, **fields)
-    async with serving(lambda stop, ready: serve_queries(settings, stop, ready)) as channel:
-        yield channel
 
 
 @pytest.fixture
