@@ -50,9 +50,7 @@ def buckets(request: GetTurnoutRequest, opened_at: datetime | None, last: dateti
     else:
         length = next((length for length in _LENGTHS if _count(length, start, end) <= _ENOUGH_BUCKETS), _LENGTHS[-1])
     if (count := _count(length, start, end)) > MAX_BUCKETS:
-        raise invalid_request(
-            {"bucket": f"must be longer: {count:,} of them are in this time, {MAX_BUCKETS:,} allowed"}
-        )
+        raise invalid_request({"bucket": f"must be longer: {count:,} are in this time, {MAX_BUCKETS:,} allowed"})
     return Buckets(length, start // length * length, -(-end // length) * length)
 
 
