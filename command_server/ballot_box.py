@@ -170,11 +170,12 @@ class BallotBox:
         async with self._room:
             await self._room.wait_for(lambda: self._ballots == 0)
 
-    async def cast(self, poll: Poll, ballot: bytes) -> Verdict:
-        """Records one ballot. Raises OVERLOADED where the queue is full."""
+    def cast(self, poll: Poll, ballot: bytes) -> "asyncio.Future[Verdicts]":
+        """Accepts one ballot, and returns the future that says what became of it. Raises OVERLOADED where the queue is
+        full."""
         if self._ballots >= CAPACITY:
             raise Refusal(ErrorReason.ERROR_REASON_OVERLOADED, "too many votes wait to be recorded; try again")
-        return (await self._submit(poll, [ballot])).of(0)
+        return self._submit(poll, (ballot,))
 
     async def cast_all(self, poll: Poll, batch: Sequence[bytes]) -> "asyncio.Future[Verdicts]":
         """Waits for room, accepts the ballots, and returns the future that says what became of them."""

@@ -53,9 +53,9 @@ class Polls:
         self._pool = pool
         self._open: OrderedDict[str, Poll] = OrderedDict()
 
-    def __contains__(self, poll_id: str) -> bool:
-        """Whether `find` has the poll at hand: it is open, as far as is known."""
-        return poll_id in self._open
+    def known(self, poll_id: str) -> Poll | None:
+        """The poll, if it is remembered: then `poll_id` is a UUID."""
+        return self._open.get(poll_id)
 
     async def find(self, poll_id: str) -> Poll:
         """The poll, or POLL_NOT_FOUND. `poll_id` is a UUID as the caller wrote it."""

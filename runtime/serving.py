@@ -59,6 +59,12 @@ class InvalidMessage(Exception):  # noqa: N818 - the caller's fault, not an erro
         self.fields = fields
 
 
+def checks_itself(handler: HandlerT) -> HandlerT:
+    """Marks a unary handler that calls `check` unless it has seen for itself that the request keeps every rule."""
+    handler.checks_itself = True  # type: ignore[attr-defined]
+    return handler
+
+
 def reads_bytes(handler: HandlerT) -> HandlerT:
     """Marks a stream's handler that is given its requests as bytes, and reads them by `read_message` or by itself."""
     handler.reads_bytes = True  # type: ignore[attr-defined]
@@ -68,7 +74,7 @@ def reads_bytes(handler: HandlerT) -> HandlerT:
 def read_message(kind: type[MessageT], data: bytes) -> MessageT:
     """The request, checked against its rules. Raises InvalidMessage."""
     request = _bounded(kind.FromString)(data)
-    _check(request)
+    check(request)
     return cast(MessageT, request)
 
 
@@ -86,9 +92,10 @@ def add_service(
 ) -> None:
     """Adds a service to a server: `add_servicer` is the generated add_…Servicer_to_server.
 
-    Each request is checked against its size and its protovalidate rules before its handler sees it. Whatever a handler
-    raises becomes the status that `to_status` gives. A handler may return serialized bytes in place of a message.
-    Streaming handlers are coroutines that use `context.write`, not generators.
+    Each request is checked against its size and its protovalidate rules before its handler sees it; the rules are left
+    to a handler that is marked with `checks_itself`. Whatever a handler raises becomes the status that `to_status`
+    gives. A handler may return serialized bytes in place of a message. Streaming handlers are coroutines that use
+    `context.write`, not generators.
     """
     add_servicer(servicer, _Wrapping(server, to_status))
 
@@ -161,11 +168,12 @@ class _Wrapping:
 
     def _unary(self, method: str, handler: Any) -> Any:
         ok, seconds = _calls.labels(method, "OK"), _seconds.labels(method)
+        check_first = _check_readable if getattr(handler, "checks_itself", False) else check
 
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             started = time.perf_counter()
             try:
-                _check(request)
+                check_first(request)
                 response = await handler(request, context)
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
                 await self._refuse(method, context, error)
@@ -180,7 +188,7 @@ class _Wrapping:
 
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
             try:
-                _check(request)
+                check(request)
                 await handler(request, context)
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
                 await self._refuse(method, context, error)
@@ -237,9 +245,14 @@ def _serialize(response: Message | bytes) -> bytes:
     return response if isinstance(response, bytes) else response.SerializeToString()
 
 
-def _check(request: Any) -> None:
+def _check_readable(request: Any) -> None:
     if isinstance(request, _Unreadable):
         raise InvalidMessage({"": request.problem})
+
+
+def check(request: Any) -> None:
+    """Raises InvalidMessage where a request breaks a rule of its message."""
+    _check_readable(request)
     if isinstance(request, bytes):
         # Whoever asked for bytes checks what it reads in them.
         return
@@ -260,7 +273,7 @@ def _fields(broken: Iterable[protovalidate.Violation]) -> Mapping[str, str]:
 
 async def _checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for request in requests:
-        _check(request)
+        check(request)
         yield request
 
 
