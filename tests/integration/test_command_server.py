@@ -9,6 +9,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -27,6 +28,7 @@ from command_server import ballot_box, ballots, polls
 from contracts import freshness
 from contracts.voters import VoterKeys
 from runtime.embedded import Stores, free_port
+from runtime.serving import violations
 from tests.processes import service
 from tests.servers import VOTER_SECRET, command_channel, command_server, refused, sql
 
@@ -297,6 +299,21 @@ async def test_bad_input_gets_a_clear_error_and_changes_nothing(
     assert refusal.fields == fields
     assert refusal.message
     assert await sql(write_dsn, counting) == before
+
+
+async def test_a_vote_in_a_poll_at_hand_keeps_the_rules_of_its_message(server: CommandServiceAsyncStub) -> None:
+    """The server sees for itself that the usual vote keeps them: protovalidate, asked here, must say the same."""
+    poll_id = await open_poll(server)
+    await server.CastVote(vote(poll_id, "ada", "mon"))
+    votes = product(["", "v", "v" * 256, "v" * 257, "ö" * 256, "ö" * 257], [(), ("mon",), ("mon",) * 1001])
+    for voter_id, option_ids in votes:
+        request = vote(poll_id, voter_id, *option_ids)
+        if broken := violations(request):
+            refusal = await refused(server.CastVote(request))
+            assert (refusal.reason, refusal.fields) == ("INVALID_REQUEST", list(broken))
+            assert all(rule in refusal.message for rule in broken.values())
+        else:
+            assert (await server.CastVote(request)).receipt.poll_id == poll_id
 
 
 async def test_bytes_that_are_no_message_are_refused(write_dsn: str) -> None:
