@@ -13,7 +13,7 @@ from tally.command.v1.command_service_pb2 import CastVoteRequest, RegisterVoters
 from tally.poll.v1.poll_pb2 import VotingMethod
 from tally.query.v1.query_service_pb2 import GetResultsRequest, GetResultsResponse
 
-from clients import polls
+from clients import dead_letters, polls
 from clients.ballots import BallotFile
 from clients.charts import bar_chart, change_line, results_table
 from clients.connection import Address, CommandServer, QueryServer, command, find_address
@@ -48,6 +48,7 @@ app = typer.Typer(
     help="Tally: durable votes, exact counts, live results.",
 )
 app.add_typer(polls.app, name="poll")
+app.add_typer(dead_letters.app, name="dead-letters")
 app.command()(status)
 
 

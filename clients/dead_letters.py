@@ -1,0 +1,151 @@
+"""`tally dead-letters …`: the events that could not be applied, and another attempt at them."""
+
+import asyncio
+import sys
+from base64 import b64encode
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from clients.failures import Failure
+from clients.options import DEFAULT_DATA_DIR, DataDir, OutputOption
+from clients.output import Output, console, print_fields, print_json, say, shown
+from clients.stores import NatsUrl, ReadDsn, RedisUrl, find_store
+from contracts.dead_letters import DeadLetter
+from contracts.read_models import READ_MODELS
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Look at events that a read model could not apply, and try them again. Their polls stand still for readers.",
+)
+
+_PARKED_AGAIN = 3
+
+Polls = Annotated[list[str] | None, typer.Argument(metavar="[POLL]...", help="The polls' ids.", show_default=False)]
+
+
+@app.command("list")
+def list_letters(
+    read_dsn: ReadDsn = None,
+    redis_url: RedisUrl = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """List the events at which polls stand still, by read model.
+
+    Exit code: 0 if every read model could be looked at, 1 if not.
+    """
+    from clients import letters  # noqa: PLC0415 - the drivers are loaded by the commands that need them
+
+    found, unanswered = asyncio.run(letters.read_all(_stores(read_dsn, redis_url, data_dir)))
+    rows = [(name, letter) for name, kept in found.items() for letter in kept]
+    if output is Output.JSON:
+        print_json({"dead_letters": [_data(name, letter) for name, letter in rows], "unanswered": unanswered})
+    else:
+        table = Table("read model", "poll_id", "version", "waiting", "event", "since", "error")
+        for name, letter in rows:
+            since = f"{letter.first_seen:%Y-%m-%d %H:%M:%SZ}"
+            numbers = f"{letter.version:,}", f"{letter.waiting:,}"
+            table.add_row(name, letter.poll_id, *numbers, shown(letter.event_type), since, shown(letter.error))
+        console().print(table)
+    _complain(unanswered)
+
+
+@app.command()
+def show(
+    poll: Annotated[str, typer.Argument(metavar="POLL", help="The poll's id, a UUID.", show_default=False)],
+    read_dsn: ReadDsn = None,
+    redis_url: RedisUrl = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Show all that is known of the event at which a poll stands still, in each read model.
+
+    Exit code: 0 if there is such an event, 1 if there is none or a read model could not be looked at.
+    """
+    from clients import letters  # noqa: PLC0415 - as above
+
+    found, unanswered = asyncio.run(letters.read_all(_stores(read_dsn, redis_url, data_dir)))
+    rows = [(name, letter) for name, kept in found.items() for letter in kept if letter.poll_id == poll.lower()]
+    if output is Output.JSON:
+        print_json({"dead_letters": [_data(name, letter) for name, letter in rows], "unanswered": unanswered})
+    for name, letter in rows if output is Output.TABLE else ():
+        fields = _data(name, letter) | {"data": letter.data.hex(" ")}
+        print_fields({field: str(value) for field, value in fields.items()})
+    _complain(unanswered)
+    if not rows:
+        raise Failure(f"no read model stands still at an event of poll {poll}")
+
+
+@app.command()
+def replay(
+    polls: Polls = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every poll that stands still.")] = False,
+    wait: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="How long to wait for the projectors.")] = 30.0,
+    read_dsn: ReadDsn = None,
+    redis_url: RedisUrl = None,
+    nats_url: NatsUrl = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Try events again that could not be applied, after what was wrong with them or with the projector is mended.
+
+    The relay publishes them again out of the event log; the projectors take it from there. To do so is always safe.
+
+    Exit code: 0 if all polls go on, 3 if some stand still again, 1 if a projector did not try in time or after another
+    error, 2 for wrong usage.
+    """
+    if bool(polls) == all_:
+        raise typer.BadParameter("give the polls, or --all")
+    from clients import letters  # noqa: PLC0415 - as above
+
+    stores = _stores(read_dsn, redis_url, data_dir)
+    nats = find_store("TALLY_NATS_URL", nats_url, data_dir)
+    wanted = {poll.lower() for poll in polls} if polls else None
+    outcome = asyncio.run(letters.replay(stores, nats, wanted, wait))
+    if output is Output.JSON:
+        states = {"applied": outcome.applied, "parked_again": outcome.parked_again, "untried": outcome.untried}
+        print_json({state: [_data(*row) for row in rows] for state, rows in states.items()})
+    else:
+        table = Table("read model", "poll_id", "version", "outcome")
+        for name, letter in outcome.applied:
+            table.add_row(name, letter.poll_id, f"{letter.version:,}", "goes on")
+        for name, letter in outcome.parked_again:
+            table.add_row(name, letter.poll_id, f"{letter.version:,}", shown(f"parked again: {letter.error}"))
+        for name, letter in outcome.untried:
+            table.add_row(name, letter.poll_id, f"{letter.version:,}", "not tried")
+        console().print(table)
+    if outcome.untried:
+        raise Failure("not every projector tried in time: are the relay and the projectors running?")
+    if outcome.parked_again:
+        sys.exit(_PARKED_AGAIN)
+
+
+def _stores(read_dsn: str | None, redis_url: str | None, data_dir: Path) -> Mapping[str, str]:
+    """Where each read model is, by name."""
+    given = {"TALLY_READ_DSN": read_dsn, "TALLY_REDIS_URL": redis_url}
+    return {name: find_store(variable, given[variable], data_dir) for name, variable in READ_MODELS.items()}
+
+
+def _data(read_model: str, letter: DeadLetter) -> dict[str, Any]:
+    return {
+        "read_model": read_model,
+        "poll_id": letter.poll_id,
+        "version": letter.version,
+        "waiting": letter.waiting,
+        "stream_sequence": letter.stream_sequence,
+        "event_type": letter.event_type,
+        "error": letter.error,
+        "first_seen": letter.first_seen.isoformat(),
+        "data": b64encode(letter.data).decode(),
+    }
+
+
+def _complain(unanswered: Mapping[str, str]) -> None:
+    for name, error in unanswered.items():
+        say(f"the store of {name} does not answer: {error}")
+    if unanswered:
+        sys.exit(1)
