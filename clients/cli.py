@@ -9,15 +9,22 @@ from typing import Annotated
 
 import typer
 from rich.live import Live
+from rich.text import Text
 from tally.command.v1.command_service_pb2 import CastVoteRequest, RegisterVotersResponse
 from tally.poll.v1.poll_pb2 import VotingMethod
-from tally.query.v1.query_service_pb2 import GetResultsRequest, GetResultsResponse
+from tally.query.v1.query_service_pb2 import (
+    BatchGetResultsRequest,
+    BatchGetResultsResponse,
+    GetResultsRequest,
+    GetResultsResponse,
+)
 
 from clients import dead_letters, polls
 from clients.ballots import BallotFile
 from clients.charts import bar_chart, change_line, results_table
 from clients.connection import Address, CommandServer, QueryServer, command, find_address
 from clients.failures import Failure
+from clients.history import turnout, votes
 from clients.importing import Import, Outcome, PollTakesNoVotes
 from clients.options import (
     DEFAULT_DATA_DIR,
@@ -39,6 +46,8 @@ from clients.watchers import watch as watch_results
 
 _INTERRUPTED = 130
 _SOME_REJECTED = 3
+_SOME_MISSING = 3
+_POLLS_OF_A_QUESTION = 100
 _CHART_INTERVAL = 0.1
 
 app = typer.Typer(
@@ -50,6 +59,8 @@ app = typer.Typer(
 app.add_typer(polls.app, name="poll")
 app.add_typer(dead_letters.app, name="dead-letters")
 app.command()(status)
+app.command()(turnout)
+app.command()(votes)
 
 
 def main() -> None:
@@ -113,15 +124,25 @@ def vote(
 
 @app.command()
 def results(
-    poll: PollId,
+    poll: Annotated[list[str], typer.Argument(metavar="POLL...", help="Ids of polls, UUIDs.", show_default=False)],
     at_least_as_fresh: Fresh = "",
     query_address: QueryAddress = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Print the counts of a poll."""
-    request = GetResultsRequest(poll_id=poll, at_least_as_fresh=at_least_as_fresh)
-    response, method = asyncio.run(_results(find_address("query", query_address, data_dir), request))
+    """Print the counts of a poll, or of several in one go.
+
+    Of several polls, those that do not exist or hide their results are named on stderr (with --output json among the
+    data), and the exit code is 3.
+    """
+    address = find_address("query", query_address, data_dir)
+    if len(poll) > 1:
+        if at_least_as_fresh:
+            raise typer.BadParameter("a token is for one poll", param_hint="--at-least-as-fresh")
+        _print_batch(asyncio.run(_batch(address, poll)), output)
+        return
+    request = GetResultsRequest(poll_id=poll[0], at_least_as_fresh=at_least_as_fresh)
+    response, method = asyncio.run(_results(address, request))
     if output is Output.JSON:
         print_json(plain(response))
     else:
@@ -171,6 +192,9 @@ def import_file(
         bool,
         typer.Option("--approval", help="Create an approval poll; implied where there are several choice columns."),
     ] = False,
+    results_after_close: Annotated[
+        bool, typer.Option("--results-after-close", help="Create a poll whose counts are hidden until it is closed.")
+    ] = False,
     poll: Annotated[
         str | None, typer.Option(metavar="ID", help="Cast into this poll instead of creating one.", show_default=False)
     ] = None,
@@ -197,6 +221,8 @@ def import_file(
     """
     if (title is None) == (poll is None) or (poll and new_poll):
         raise typer.BadParameter("give either --title, for a new poll, or --poll, to go on with one")
+    if poll and results_after_close:
+        raise typer.BadParameter("--results-after-close is for a new poll; the one that is there stays as it is")
     addresses = find_address("command", command_address, data_dir), find_address("query", query_address, data_dir)
     choice_columns = tuple(dict.fromkeys(choice_column))
     ballots = BallotFile(file, choice_columns, voter_column, frozenset(ignore_choice or ()))
@@ -206,7 +232,20 @@ def import_file(
     method = VotingMethod.VOTING_METHOD_SINGLE_CHOICE
     if approval or len(choice_columns) > 1:
         method = VotingMethod.VOTING_METHOD_APPROVAL
-    plan = Import(ballots, survey, method, title or "", poll, new_poll, batch_size, in_flight, close, watch, retry_for)
+    plan = Import(
+        ballots,
+        survey,
+        method,
+        title or "",
+        poll,
+        new_poll,
+        batch_size,
+        in_flight,
+        close,
+        watch,
+        retry_for,
+        results_after_close,
+    )
     outcome = Outcome()
     asyncio.run(_import(plan, *addresses, outcome))
     _report(plan, outcome, output)
@@ -296,6 +335,30 @@ async def _results(address: Address, request: GetResultsRequest) -> tuple[GetRes
         return response, await voting_method(queries, request.poll_id)
 
 
+async def _batch(address: Address, poll_ids: list[str]) -> BatchGetResultsResponse:
+    found = BatchGetResultsResponse()
+    async with QueryServer(address) as queries:
+        for start in range(0, len(poll_ids), _POLLS_OF_A_QUESTION):
+            request = BatchGetResultsRequest(poll_ids=poll_ids[start : start + _POLLS_OF_A_QUESTION])
+            found.MergeFrom(await queries.call(queries.stub.BatchGetResults, request))
+    return found
+
+
+def _print_batch(found: BatchGetResultsResponse, output: Output) -> None:
+    if output is Output.JSON:
+        print_json(plain(found))
+    else:
+        for results in found.results:
+            console().print(Text(results.poll_id, style="bold"))
+            console().print(results_table(results, VotingMethod.VOTING_METHOD_UNSPECIFIED))
+        for poll_id in found.missing_poll_ids:
+            say(f"there is no poll {poll_id}")
+        for poll_id in found.hidden_poll_ids:
+            say(f"poll {poll_id} shows its results only after it has been closed")
+    if found.missing_poll_ids or found.hidden_poll_ids:
+        sys.exit(_SOME_MISSING)
+
+
 async def _watch(
     address: Address, poll_id: str, min_interval: float | None, token: str, retry_for: float, output: Output
 ) -> None:
@@ -351,10 +414,13 @@ def _report(plan: Import, outcome: Outcome, output: Output) -> None:
                 "read_side_seconds": outcome.read_side_seconds,
                 "complete": not (outcome.interrupted or outcome.failure),
                 "results": plain(outcome.results) if outcome.results else None,
+                "results_hidden": outcome.results_hidden,
             }
         )
     elif outcome.results:
         console().print(results_table(outcome.results, plan.method))
+    elif outcome.results_hidden:
+        say("the results are hidden until the poll is closed")
     if outcome.failure:
         say(str(outcome.failure))
     if outcome.interrupted:

@@ -19,13 +19,13 @@ from tally.command.v1.command_service_pb2 import (
     OpenPollRequest,
 )
 from tally.poll.v1.error_reason_pb2 import ErrorReason
-from tally.poll.v1.poll_pb2 import PollOption, PollSpec, VotingMethod
+from tally.poll.v1.poll_pb2 import PollOption, PollSpec, ResultsVisibility, VotingMethod
 from tally.query.v1.query_service_pb2 import GetPollRequest, GetResultsRequest, Results
 
 from clients.ballots import MAX_LABEL, Ballot, BallotFile, Survey, option_id
 from clients.batches import divided
 from clients.charts import state_name
-from clients.connection import CommandServer, Patience, QueryServer, is_transient
+from clients.connection import CommandServer, Patience, QueryServer, Refused, is_transient
 from clients.failures import Failure
 from clients.progress import Progress
 from clients.watchers import ENDED, watch
@@ -44,6 +44,11 @@ _KEPT_REJECTIONS = 10_000
 _CHART_INTERVAL = 0.1
 
 _IDENTITY = uuid.UUID("3f0d8a9c-5d0e-4f57-9d6b-6a1f0c1f7b52")
+# Unspecified means live, and keeps the request the same that earlier versions sent for the same import.
+_VISIBILITIES = {
+    True: ResultsVisibility.RESULTS_VISIBILITY_AFTER_CLOSE,
+    False: ResultsVisibility.RESULTS_VISIBILITY_UNSPECIFIED,
+}
 # Reasons that say nothing about a row: the poll takes no votes.
 _POLL_REASONS = {ErrorReason.ERROR_REASON_POLL_NOT_OPEN, ErrorReason.ERROR_REASON_POLL_NOT_FOUND}
 
@@ -75,6 +80,8 @@ class Outcome:
     read_side_seconds: float | None = None
     """From the last answer until the results showed every vote."""
     results: Results | None = None
+    results_hidden: bool = False
+    """The poll shows no results before it is closed."""
     interrupted: bool = False
     failure: Failure | None = None
 
@@ -106,6 +113,7 @@ class Import:
     close: bool = False
     watch: bool = False
     retry_for: float = 60.0
+    results_after_close: bool = False
 
     async def run(self, commands: CommandServer, queries: QueryServer, outcome: Outcome, progress: Progress) -> None:
         """Opens the poll, casts every vote, waits for the read side; `outcome` says how far it got, also on failure.
@@ -174,9 +182,16 @@ class Import:
         started = clock()
         for token in tokens:
             request = GetResultsRequest(poll_id=outcome.poll_id, at_least_as_fresh=token)
-            response = await queries.call(
-                queries.stub.GetResults, request, retry_for=self.retry_for, on_lost=progress.lost
-            )
+            try:
+                response = await queries.call(
+                    queries.stub.GetResults, request, retry_for=self.retry_for, on_lost=progress.lost
+                )
+            except Refused as refused:
+                # It is said of this version: the read side has all votes, and keeps to itself what they come to.
+                if refused.reason != "RESULTS_HIDDEN":
+                    raise
+                outcome.results_hidden = True
+                continue
             if outcome.results is None or response.results.version > outcome.results.version:
                 outcome.results = response.results
         outcome.read_side_seconds = clock() - started
@@ -184,6 +199,7 @@ class Import:
     def _identity(self) -> uuid.UUID:
         columns = "\1".join(self.file.choice_columns)
         parts = [self.survey.digest, self.title, columns, self.file.voter_column or "", *sorted(self.file.ignored)]
+        parts += ["results after close"] if self.results_after_close else []
         return uuid.uuid5(_IDENTITY, "\0".join([VotingMethod.Name(self.method), *parts]))
 
     def _spec(self) -> PollSpec:
@@ -191,6 +207,7 @@ class Import:
             title=self.title,
             method=self.method,
             options=[PollOption(option_id=option_id(name), label=name[:MAX_LABEL]) for name in self.survey.choices],
+            results_visibility=_VISIBILITIES[self.results_after_close],
         )
 
 

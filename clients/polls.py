@@ -24,7 +24,7 @@ from tally.command.v1.command_service_pb2 import (
     UpdatePollRequest,
     UpdatePollResponse,
 )
-from tally.poll.v1.poll_pb2 import Eligibility, PollSpec, PollState, VotingMethod
+from tally.poll.v1.poll_pb2 import Eligibility, PollSpec, PollState, ResultsVisibility, VotingMethod
 from tally.query.v1.query_service_pb2 import GetPollRequest, ListPollsRequest, ListPollsResponse, Poll, Results
 
 from clients import specs
@@ -60,6 +60,7 @@ def create(
     max_choices: specs.MaxChoices = None,
     allow_vote_change: specs.AllowVoteChange = None,
     roll: specs.Roll = None,
+    results_after_close: specs.ResultsAfterClose = None,
     opens_at: specs.OpensAt = None,
     closes_at: specs.ClosesAt = None,
     open_: Annotated[bool, typer.Option("--open", help="Open it at once.")] = False,
@@ -76,6 +77,7 @@ def create(
         max_choices=max_choices,
         allow_vote_change=allow_vote_change,
         roll=roll,
+        results_after_close=results_after_close,
         opens_at=opens_at,
         closes_at=closes_at,
     )
@@ -97,6 +99,7 @@ def update(
     max_choices: specs.MaxChoices = None,
     allow_vote_change: specs.AllowVoteChange = None,
     roll: specs.Roll = None,
+    results_after_close: specs.ResultsAfterClose = None,
     opens_at: specs.OpensAt = None,
     no_opens_at: Annotated[bool, typer.Option("--no-opens-at", help="It opens when it is told to.")] = False,
     closes_at: specs.ClosesAt = None,
@@ -116,6 +119,7 @@ def update(
         max_choices=max_choices,
         allow_vote_change=allow_vote_change,
         roll=roll,
+        results_after_close=results_after_close,
         opens_at=opens_at,
         closes_at=closes_at,
     )
@@ -282,6 +286,7 @@ def _fields(poll: Poll) -> dict[str, str]:
         "method": _method(poll),
         "vote changes": "allowed" if poll.allow_vote_change else "no",
         "eligibility": "ROLL" if poll.eligibility == Eligibility.ELIGIBILITY_ROLL else "OPEN",
+        "results": ResultsVisibility.Name(poll.results_visibility).removeprefix("RESULTS_VISIBILITY_"),
         **moments,
     }
 

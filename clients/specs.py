@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 from google.protobuf.timestamp_pb2 import Timestamp
-from tally.poll.v1.poll_pb2 import Eligibility, PollOption, VotingMethod
+from tally.poll.v1.poll_pb2 import Eligibility, PollOption, ResultsVisibility, VotingMethod
 
 from clients.moments import moment
 
@@ -38,6 +38,13 @@ Roll = Annotated[
     bool | None,
     typer.Option("--roll/--no-roll", help="Whether only registered voters may vote, see tally register. Default: no."),
 ]
+ResultsAfterClose = Annotated[
+    bool | None,
+    typer.Option(
+        "--results-after-close/--results-live",
+        help="Whether the counts stay hidden until the poll is closed; turnout is shown all the same. Default: live.",
+    ),
+]
 OpensAt = Annotated[
     datetime | None, typer.Option(parser=moment, metavar=_MOMENT, help=f"When the poll opens by itself. {_MOMENT_HELP}")
 ]
@@ -56,6 +63,7 @@ def given(
     max_choices: int | None,
     allow_vote_change: bool | None,
     roll: bool | None,
+    results_after_close: bool | None,
     opens_at: datetime | None,
     closes_at: datetime | None,
 ) -> dict[str, Any]:
@@ -71,6 +79,7 @@ def given(
         "max_choices": max_choices,
         "allow_vote_change": allow_vote_change,
         "eligibility": None if roll is None else _ELIGIBILITIES[roll],
+        "results_visibility": None if results_after_close is None else _VISIBILITIES[results_after_close],
         "opens_at": _timestamp(opens_at),
         "closes_at": _timestamp(closes_at),
     }
@@ -79,6 +88,10 @@ def given(
 
 _METHODS = {True: VotingMethod.VOTING_METHOD_APPROVAL, False: VotingMethod.VOTING_METHOD_SINGLE_CHOICE}
 _ELIGIBILITIES = {True: Eligibility.ELIGIBILITY_ROLL, False: Eligibility.ELIGIBILITY_OPEN}
+_VISIBILITIES = {
+    True: ResultsVisibility.RESULTS_VISIBILITY_AFTER_CLOSE,
+    False: ResultsVisibility.RESULTS_VISIBILITY_LIVE,
+}
 
 
 def _option(text: str) -> PollOption:

@@ -466,6 +466,59 @@ async def test_text_for_people_names_what_was_asked_for(cli: Cli) -> None:
     assert poll_id[0] in listed.out
 
 
+async def test_hidden_results_are_told_when_the_poll_is_closed(cli: Cli, tmp_path: Path) -> None:
+    title = f"Secret? {uuid4()}"
+    created = await cli.data(
+        *("poll", "create", "--title", title, "--option", "tea", "--option", "milk", "--results-after-close", "--open")
+    )
+    hidden, shown, missing = created["poll_id"], await cli.open_poll("a", "b"), str(uuid4())
+    voter = f"voter-{uuid4()}"
+    await cli.vote(shown, voter, "b")
+    token = await cli.vote(hidden, voter, "tea")
+    fresh = ("--at-least-as-fresh", token)
+    refused, watched, several, chart, turnout, listed, votes, poll = await asyncio.gather(
+        cli.refused("results", hidden, *fresh),
+        cli.refused("watch", hidden, *fresh),
+        cli.run("results", hidden, shown, missing, "--output", "json"),
+        cli.run("turnout", hidden, *fresh),
+        cli.data(
+            "turnout", hidden, *fresh, "--bucket", "1h", "--from", "2026-01-01T12:00Z", "--to", "2026-01-01T15:00Z"
+        ),
+        cli.run("votes", voter, *fresh),
+        cli.data("votes", voter, *fresh, "--limit", "1"),
+        cli.run("poll", "show", hidden, *fresh),
+    )
+    assert refused.startswith("RESULTS_HIDDEN: ")
+    assert watched.startswith("RESULTS_HIDDEN: ")
+    assert (several.code, several.data["hidden_poll_ids"], several.data["missing_poll_ids"]) == (3, [hidden], [missing])
+    assert [counts(results) for results in several.data["results"]] == [{"a": 0, "b": 1}]
+    assert re.search(r":\d0 +1 +█{40} +1\n", chart.out), chart.out
+    assert "1 votes, each line 0:00:10; version 3" in chart.out
+    # What came after is not before, and an hour without a vote is there too.
+    assert [bucket["cumulative_votes"] for bucket in turnout["buckets"]] == [0, 0, 0]
+    assert (turnout["bucket"], turnout["total_votes"]) == ("3600s", 1)
+    assert re.search(rf"{hidden} .*OPEN .* {re.escape(title)}", listed.out)
+    assert [vote["receipt"]["poll_id"] for vote in votes["votes"]] == [shown]
+    assert "there are more" not in listed.err
+    assert votes["next_page_token"]
+    assert re.search(r"results +AFTER_CLOSE", poll.out)
+
+    closed = await cli.data("poll", "close", hidden)
+    fresh = ("--at-least-as-fresh", closed["consistency_token"])
+    results, listed = await asyncio.gather(cli.data("results", hidden, *fresh), cli.run("votes", voter, *fresh))
+    assert counts(results["results"]) == {"tea": 1, "milk": 0}
+    assert "tea 1; 1 votes" in listed.out
+
+    file = tmp_path / "secret.csv"
+    file.write_text("choice\nred\nblue\nred\n")
+    arguments = ("import", str(file), "--choice-column", "choice", "--title", title, "--results-after-close")
+    first = await cli.data(*arguments)
+    assert (first["accepted"], first["results"], first["results_hidden"]) == (3, None, True)
+    second = await cli.data(*arguments, "--close")
+    assert (second["poll_id"], second["already_recorded"]) == (first["poll_id"], 3)
+    assert (counts(second["results"]), second["results_hidden"]) == ({"red": 2, "blue": 1}, False)
+
+
 async def test_an_import_reports_every_row_and_counts_none_twice(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "votes.csv"
     path.write_text('id,note,vote\na,"two\nlines",red\nb,,blue\na,,blue\n,,red\nc,,\nd,,overvote\nb,,blue\ne,red\n')

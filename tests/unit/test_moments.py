@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from clients.moments import moment
+from clients.moments import duration, moment
 
 
 @pytest.fixture
@@ -41,6 +41,13 @@ def test_a_duration_counts_from_now_on(text: str, seconds: int) -> None:
     before = datetime.now(UTC)
     found = moment(text) - timedelta(seconds=seconds)
     assert before <= found <= datetime.now(UTC)
+
+
+def test_a_duration_is_as_long_as_it_says() -> None:
+    assert duration("1h30m") == timedelta(minutes=90)
+    for text in ("", "10", "+10m", "1m1h", "999999999999d"):
+        with pytest.raises(ValueError, match=r"is not a length of time|is too long"):
+            duration(text)
 
 
 @pytest.mark.parametrize(
