@@ -1,6 +1,7 @@
 """`tally poll …`: the life of a poll."""
 
 import asyncio
+import json
 import sys
 import uuid
 from contextlib import aclosing
@@ -25,7 +26,14 @@ from tally.command.v1.command_service_pb2 import (
     UpdatePollResponse,
 )
 from tally.poll.v1.poll_pb2 import Eligibility, PollSpec, PollState, ResultsVisibility, VotingMethod
-from tally.query.v1.query_service_pb2 import GetPollRequest, ListPollsRequest, ListPollsResponse, Poll, Results
+from tally.query.v1.query_service_pb2 import (
+    GetPollDocumentRequest,
+    GetPollRequest,
+    ListPollsRequest,
+    ListPollsResponse,
+    Poll,
+    Results,
+)
 
 from clients import specs
 from clients.charts import disagreement, results_table, state_name
@@ -269,6 +277,32 @@ def show(
     table = Table("option_id", "label")
     for option in response.poll.options:
         table.add_row(shown(option.option_id), shown(option.label))
+    console().print(table)
+
+
+@app.command()
+def document(
+    poll: PollId,
+    at_least_as_fresh: Fresh = "",
+    query_address: QueryAddress = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Show a poll whole, with its counts, turnout and outcome; with --output json as the document that it is."""
+    request = GetPollDocumentRequest(poll_id=poll, at_least_as_fresh=at_least_as_fresh)
+    address = find_address("query", query_address, data_dir)
+    response = asyncio.run(query(address, lambda queries: queries.GetPollDocument, request))
+    content = json.loads(response.document)
+    if output is Output.JSON:
+        print_json(content)
+        return
+    options = content.pop("options")
+    print_fields({name: value if isinstance(value, str) else json.dumps(value) for name, value in content.items()})
+    table = Table("option_id", "label", "count")
+    for option in options:
+        table.add_row(
+            shown(option["option_id"]), shown(option["label"]), f"{option['count']:,}" if "count" in option else ""
+        )
     console().print(table)
 
 

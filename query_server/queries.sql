@@ -53,3 +53,6 @@ SELECT CASE WHEN start_time >= $3 THEN date_bin(make_interval(secs => $2), start
     sum(votes)::bigint AS votes
 FROM turnout WHERE poll_no = $1 AND start_time < $4
 GROUP BY 1
+
+-- document: a poll whole, as another read model of this database has it
+SELECT version, document FROM documents.documents WHERE poll_id = $1

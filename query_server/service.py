@@ -10,7 +10,7 @@ from tally.poll.v1.error_reason_pb2 import ErrorReason
 from tally.query.v1 import query_service_pb2 as pb
 from tally.query.v1.query_service_pb2_grpc import QueryServiceServicer
 
-from contracts.freshness import ANY_STATE, parse
+from contracts.freshness import ANY_STATE, parse, token
 from contracts.live import are_hidden
 from contracts.refusals import Refusal, invalid_request, poll_not_found, results_hidden
 from contracts.voters import VoterKeys
@@ -129,6 +129,15 @@ class QueryService(QueryServiceServicer):
             raise poll_not_found(poll_id)
         return turnout
 
+    async def GetPollDocument(self, request: pb.GetPollDocumentRequest, context: Context) -> pb.GetPollDocumentResponse:
+        poll_id = UUID(request.poll_id)
+        version, document = await self._fresh(request, context, poll_id, lambda: self._views.document(poll_id))
+        if document is None:
+            raise poll_not_found(poll_id)
+        return pb.GetPollDocumentResponse(
+            poll_id=str(poll_id), version=version, document=document, consistency_token=token(poll_id, version)
+        )
+
     async def GetReadModelStatus(
         self, request: pb.GetReadModelStatusRequest, context: Context
     ) -> pb.GetReadModelStatusResponse:
@@ -136,7 +145,7 @@ class QueryService(QueryServiceServicer):
 
     async def _fresh(
         self,
-        request: pb.GetPollRequest | pb.GetVoteRequest | pb.GetTurnoutRequest,
+        request: pb.GetPollRequest | pb.GetVoteRequest | pb.GetTurnoutRequest | pb.GetPollDocumentRequest,
         context: Context,
         poll_id: UUID,
         read: Callable[[], Awaitable[tuple[int, Answer]]],

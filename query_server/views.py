@@ -72,6 +72,11 @@ class Views:
         rows = await self._fetch(sql.poll, poll_id)
         return (rows[0]["version"], _poll(rows[0])) if rows else (0, None)
 
+    async def document(self, poll_id: UUID) -> tuple[int, str | None]:
+        """A poll as a JSON document with its version; 0 and None if there is none."""
+        rows = await self._fetch(sql.document, poll_id)
+        return (rows[0]["version"], rows[0]["document"]) if rows else (0, None)
+
     async def versions(self, poll_ids: Sequence[UUID]) -> dict[UUID, int]:
         """At which version those of the polls are that exist."""
         rows = await self._fetch(sql.versions, poll_ids)

@@ -62,7 +62,7 @@ RPCS = {
     command_service_pb2: "CreatePoll UpdatePoll OpenPoll ClosePoll CancelPoll CertifyPoll RegisterVoters"
     " CastVote CastVotes",
     query_service_pb2: "GetPoll ListPolls GetResults BatchGetResults WatchResults GetVote ListVoterVotes GetTurnout"
-    " GetReadModelStatus",
+    " GetReadModelStatus GetPollDocument",
 }
 REASONS = """INVALID_REQUEST UNKNOWN_OPTION TOO_MANY_CHOICES POLL_NOT_FOUND VOTE_NOT_FOUND POLL_NOT_OPEN POLL_NOT_DRAFT
 POLL_NOT_CLOSED RESULTS_HIDDEN VOTER_NOT_ELIGIBLE ALREADY_VOTED OVERLOADED STORE_UNAVAILABLE READ_MODEL_BEHIND"""

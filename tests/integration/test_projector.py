@@ -26,8 +26,9 @@ from tally.query.v1.query_service_pb2 import RESULTS_SOURCE_LIVE_CACHE, GetResul
 from contracts.bus import ALL_EVENTS, REPUBLISH, STREAM, VERSION_HEADER, event_subject
 from contracts.dead_letters import DeadLetter
 from contracts.live import FIRST_GENERATION, live_channel, live_key, position_key
+from contracts.read_models import READ_MODELS
 from projector import projection
-from projector.__main__ import ReadDatabaseSettings, RedisSettings, project
+from projector.__main__ import KINDS, ReadDatabaseSettings, RedisSettings, project
 from projector.documents import Documents
 from projector.fold import advance
 from projector.live import Live
@@ -115,11 +116,8 @@ class Everything:
 
     async def dead_letters(self, read_model: str) -> list[DeadLetter]:
         """The events at which polls stand still."""
-        async with (
-            Live.connect(self.settings["redis_url"])
-            if read_model == "live"
-            else Views.connect(self.settings["read_dsn"])
-        ) as model:
+        setting = READ_MODELS[read_model].removeprefix("TALLY_").lower()
+        async with KINDS[read_model].connect(self.settings[setting]) as model:
             return await model.dead_letters()
 
     async def results(self, poll: WrittenPoll) -> Results:
@@ -563,6 +561,7 @@ def with_a_voter_who_voted_before(event: Event) -> bytes:
         ("views", tampered, "unreadable", "is not an event of this poll"),
         ("live", of_a_later_code, "field 99", "does not know"),
         ("views", of_a_later_code, "field 99", "does not know"),
+        ("documents", of_a_later_code, "field 99", "does not know"),
         ("views", with_a_voter_who_voted_before, "votes_cast", "UniqueViolationError"),
     ],
 )
@@ -570,8 +569,12 @@ async def test_an_event_that_cannot_be_applied_stops_only_its_poll(
     all_: Everything, read_model: str, spoil: Callable[[Event], bytes], event_type: str, error: str
 ) -> None:
     log = all_.log
-    runner = all_.live if read_model == "live" else all_.views
-    counted = all_.live_counted if read_model == "live" else all_.views_counted
+    runner = {"live": all_.live, "views": all_.views, "documents": all_.documents}[read_model]
+    check = {"live": all_.in_redis, "views": all_.in_views, "documents": all_.in_documents}[read_model]
+
+    async def counted(poll: WrittenPoll) -> None:
+        await eventually(lambda: check(poll))
+
     await all_.stream()
     bad, good = await log.poll(), await log.poll()
     for poll in (bad, good):

@@ -1091,3 +1091,62 @@ class TurnoutBucket(message.Message):
     _ClearFieldArgType: _TypeAlias = typing.Literal["cumulative_votes", b"cumulative_votes", "start_time", b"start_time", "votes", b"votes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GetPollDocumentRequest(message.Message):
+    """GetPollDocumentRequest asks for a poll as a document."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    POLL_ID_FIELD_NUMBER: builtins.int
+    AT_LEAST_AS_FRESH_FIELD_NUMBER: builtins.int
+    poll_id: builtins.str
+    """poll_id is the poll to return; a UUID."""
+    at_least_as_fresh: builtins.str
+    """at_least_as_fresh is a consistency_token: the answer shows that command's effect. Empty: the newest state at hand."""
+    def __init__(
+        self,
+        *,
+        poll_id: builtins.str = ...,
+        at_least_as_fresh: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["at_least_as_fresh", b"at_least_as_fresh", "poll_id", b"poll_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GetPollDocumentResponse(message.Message):
+    """GetPollDocumentResponse carries a poll as a document."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    POLL_ID_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    DOCUMENT_FIELD_NUMBER: builtins.int
+    CONSISTENCY_TOKEN_FIELD_NUMBER: builtins.int
+    poll_id: builtins.str
+    """poll_id names the poll; a UUID."""
+    version: builtins.int
+    """version is the poll's latest event that the document shows."""
+    document: builtins.str
+    """document is a JSON object. It has the fields of Poll and, in each of its options, the count; turnout, outcome and
+    certification are objects, the last two null before there are any. Numbers are JSON numbers, moments are texts in UTC
+    as in protobuf's JSON, and enum values have their names. Fields may be added.
+    """
+    consistency_token: builtins.str
+    """consistency_token stands for this version: given as at_least_as_fresh, nothing older is shown; opaque."""
+    def __init__(
+        self,
+        *,
+        poll_id: builtins.str = ...,
+        version: builtins.int = ...,
+        document: builtins.str = ...,
+        consistency_token: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["consistency_token", b"consistency_token", "document", b"document", "poll_id", b"poll_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...

@@ -83,6 +83,11 @@ class QueryServiceStub:
                 request_serializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetTurnoutRequest.SerializeToString,
                 response_deserializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetTurnoutResponse.FromString,
                 _registered_method=True)
+        self.GetPollDocument = channel.unary_unary(
+                '/tally.query.v1.QueryService/GetPollDocument',
+                request_serializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetPollDocumentRequest.SerializeToString,
+                response_deserializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetPollDocumentResponse.FromString,
+                _registered_method=True)
 
 
 class QueryServiceServicer:
@@ -164,6 +169,14 @@ class QueryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetPollDocument(self, request, context):
+        """GetPollDocument returns a poll with its options, counts, turnout and outcome as one JSON document, for dashboards and
+        exports. While the poll's results are hidden the document has no counts. Fails with POLL_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_QueryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -211,6 +224,11 @@ def add_QueryServiceServicer_to_server(servicer, server):
                     servicer.GetTurnout,
                     request_deserializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetTurnoutRequest.FromString,
                     response_serializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetTurnoutResponse.SerializeToString,
+            ),
+            'GetPollDocument': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPollDocument,
+                    request_deserializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetPollDocumentRequest.FromString,
+                    response_serializer=tally_dot_query_dot_v1_dot_query__service__pb2.GetPollDocumentResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -460,6 +478,33 @@ class QueryService:
             '/tally.query.v1.QueryService/GetTurnout',
             tally_dot_query_dot_v1_dot_query__service__pb2.GetTurnoutRequest.SerializeToString,
             tally_dot_query_dot_v1_dot_query__service__pb2.GetTurnoutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPollDocument(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tally.query.v1.QueryService/GetPollDocument',
+            tally_dot_query_dot_v1_dot_query__service__pb2.GetPollDocumentRequest.SerializeToString,
+            tally_dot_query_dot_v1_dot_query__service__pb2.GetPollDocumentResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -69,6 +69,10 @@ class QueryServiceStub:
     """GetTurnout returns how many votes came when, ready for a chart, also while the poll's results are hidden. Fails with
     POLL_NOT_FOUND.
     """
+    GetPollDocument: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.GetPollDocumentRequest, _query_service_pb2.GetPollDocumentResponse]
+    """GetPollDocument returns a poll with its options, counts, turnout and outcome as one JSON document, for dashboards and
+    exports. While the poll's results are hidden the document has no counts. Fails with POLL_NOT_FOUND.
+    """
 
 @_typing.type_check_only
 class QueryServiceAsyncStub(QueryServiceStub):
@@ -110,6 +114,10 @@ class QueryServiceAsyncStub(QueryServiceStub):
     GetTurnout: _aio.UnaryUnaryMultiCallable[_query_service_pb2.GetTurnoutRequest, _query_service_pb2.GetTurnoutResponse]  # type: ignore[assignment]
     """GetTurnout returns how many votes came when, ready for a chart, also while the poll's results are hidden. Fails with
     POLL_NOT_FOUND.
+    """
+    GetPollDocument: _aio.UnaryUnaryMultiCallable[_query_service_pb2.GetPollDocumentRequest, _query_service_pb2.GetPollDocumentResponse]  # type: ignore[assignment]
+    """GetPollDocument returns a poll with its options, counts, turnout and outcome as one JSON document, for dashboards and
+    exports. While the poll's results are hidden the document has no counts. Fails with POLL_NOT_FOUND.
     """
 
 class QueryServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -203,6 +211,16 @@ class QueryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_query_service_pb2.GetTurnoutResponse, _abc.Awaitable[_query_service_pb2.GetTurnoutResponse]]:
         """GetTurnout returns how many votes came when, ready for a chart, also while the poll's results are hidden. Fails with
         POLL_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def GetPollDocument(
+        self,
+        request: _query_service_pb2.GetPollDocumentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_query_service_pb2.GetPollDocumentResponse, _abc.Awaitable[_query_service_pb2.GetPollDocumentResponse]]:
+        """GetPollDocument returns a poll with its options, counts, turnout and outcome as one JSON document, for dashboards and
+        exports. While the poll's results are hidden the document has no counts. Fails with POLL_NOT_FOUND.
         """
 
 def add_QueryServiceServicer_to_server(servicer: QueryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
