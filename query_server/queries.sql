@@ -40,10 +40,14 @@ SELECT version FROM polls WHERE poll_id = $1
 SELECT poll_no FROM polls WHERE poll_id = $1
 
 -- voter_votes: a voter's votes in polls that came before a number, the latest first, each with what became of the poll
-SELECT poll_id, title, state, outcome, votes.version, votes.recorded_at
-FROM votes JOIN polls USING (poll_no)
-WHERE voter_key = $1 AND votes.poll_no < $2
-ORDER BY votes.poll_no DESC LIMIT $3
+WITH page AS MATERIALIZED (
+    SELECT poll_no, version, recorded_at FROM votes
+    WHERE voter_key = $1 AND poll_no < $2
+    ORDER BY poll_no DESC LIMIT $3
+)
+SELECT poll_id, title, state, outcome, page.version, page.recorded_at
+FROM page JOIN polls USING (poll_no)
+ORDER BY poll_no DESC
 
 -- turnout_poll: what is known of a poll's turnout without looking at when it was
 SELECT poll_no, version, as_of, opened_at, closed_at, total_votes, eligible_voters FROM polls WHERE poll_id = $1
