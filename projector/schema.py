@@ -80,11 +80,11 @@ class Schema:
             if moved not in ("INSERT 0 1", "UPDATE 1"):
                 raise Displaced("the position is not the one that was stored")
             await self._apply(changes)
-            for poll_id, letter in letters.items():
-                if letter:
-                    await self._connection.execute(sql.keep_dead_letter, *letter)
-                else:
-                    await self._connection.execute(sql.drop_dead_letter, poll_id)
+            if letters:
+                kept = [letter for letter in letters.values() if letter]
+                await self._connection.executemany(sql.keep_dead_letter, kept)
+                dropped = [poll_id for poll_id, letter in letters.items() if not letter]
+                await self._connection.execute(sql.drop_dead_letters, dropped)
 
     async def report(self, status: bytes) -> None:
         await self._connection.execute(sql.report, self.name, status)

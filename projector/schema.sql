@@ -26,8 +26,8 @@ ON CONFLICT (poll_id) DO UPDATE SET
     first_seen = excluded.first_seen,
     data = excluded.data
 
--- drop_dead_letter: the poll goes on
-DELETE FROM dead_letters WHERE poll_id = $1
+-- drop_dead_letters: these polls go on
+DELETE FROM dead_letters WHERE poll_id = ANY ($1::uuid[])
 
 -- report: what the projector of a read model says of itself
 INSERT INTO projector_status (read_model, status) VALUES ($1, $2)

@@ -23,6 +23,8 @@ _PULL_BYTES = 2 << 20
 _PULL_SECONDS = 30.0
 _HEARTBEAT_SECONDS = 1.0
 _SILENCE_SECONDS = 3.0
+# A number with so many digits may not fit into an event.
+_VERSION_DIGITS = 19
 # An abandoned consumer is removed by the server after this.
 _INACTIVE_SECONDS = 30.0
 
@@ -134,7 +136,7 @@ class Reader:
         if not self._problem:
             position = Position(sequence, stored_at // 1000)
             version = (message.headers or {}).get(VERSION_HEADER, "")
-            known = int(version) if version.isdecimal() else 0
+            known = int(version) if version.isdecimal() and len(version) < _VERSION_DIGITS else 0
             self._messages.append(Message(message.subject, message.data, position, pending, known))
 
     def _note(self, headers: dict[str, str]) -> None:

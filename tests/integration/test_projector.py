@@ -625,6 +625,47 @@ async def test_an_event_that_cannot_be_applied_stops_only_its_poll(
         assert projection._parked.labels(read_model)._value.get() == 0
 
 
+@pytest.mark.parametrize("failpoint", ["projector.before_store", "projector.after_store"])
+async def test_killed_while_it_parks_a_poll_it_skips_nothing(all_: Everything, tmp_path: Path, failpoint: str) -> None:
+    log = all_.log
+    await all_.stream()
+    poll = await log.poll()
+    await log.cast(poll, votes=2)
+    await log.cast(poll)
+    await log.cast(poll)
+    events = await log.events(poll)
+    await all_.publish(poll, events[:3])
+    await all_.publish_bytes(poll, 4, of_a_later_code(events[3]))
+    await all_.publish(poll, events[4:])
+    for read_model in ("live", "views"):
+        async with service(tmp_path, "projector", read_model, **all_.settings | {"failpoint": failpoint}) as process:
+            await process.ended()
+    async with running(all_.live, all_.views):
+        await eventually(lambda: _stands_still(all_, poll))
+        assert (await all_.results(poll)).total_votes == 2
+        await all_.publish(poll, events[3:])
+        await all_.counted(poll)
+
+
+async def test_a_beginning_that_the_code_of_the_store_cannot_express_stops_only_its_poll(all_: Everything) -> None:
+    log = all_.log
+    await all_.stream()
+    bad, good = await log.poll(), await log.poll()
+    events = await log.events(bad)
+    later = Event.FromString(events[0].SerializeToString())
+    # A method that a later version of the contract may have.
+    later.poll_created.poll.method = 99  # type: ignore[assignment]
+    await all_.publish(bad, [later, *events[1:]])
+    await all_.publish(good, await log.events(good))
+    async with running(all_.views):
+        await all_.views_counted(good)
+        [letter] = await all_.dead_letters("views")
+        assert (letter.poll_id, letter.version, letter.event_type) == (str(bad.poll_id), 1, "poll_created")
+        assert "ValueError" in letter.error
+        await all_.publish(bad, events)
+        await all_.views_counted(bad)
+
+
 async def _true(value: object) -> bool:
     return bool(value)
 
