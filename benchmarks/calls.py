@@ -1,9 +1,10 @@
 """A caller of a unary RPC in a process of its own: `python -m benchmarks.calls` with its orders as JSON on stdin.
 
-The requests are those of CastVote, each by a new voter, or empty where there is no poll. It says "ready", waits for a
-line, then calls for some seconds: `concurrent` callers, each with its next call as soon as the last one is answered,
-or, given a `rate`, that many calls per second, whatever the answers. It prints {"calls", "seconds", "p50", "p99"} as
-JSON. With a rate, a call's time counts from when it was due, so a caller that falls behind does not hide it.
+The requests are those of CastVote, each by a new voter, or the same `request` (hex) where there is no poll. It says
+"ready", waits for a line, then calls for some seconds: `concurrent` callers, each with its next call as soon as the
+last one is answered, or, given a `rate`, that many calls per second, whatever the answers. It prints {"calls",
+"seconds", "p50", "p99", "acknowledged"} as JSON. With a rate, a call's time counts from when it was due, so a caller
+that falls behind does not hide it. `acknowledged` is when (time.perf_counter) which version was, if that is asked for.
 """
 
 import asyncio
@@ -23,20 +24,27 @@ async def main() -> None:
     orders = json.loads(sys.stdin.readline())
     voters = count(orders["first"])
     template = pb.CastVoteRequest(poll_id=orders["poll_id"], option_ids=["yes"]).SerializeToString()
+    same = bytes.fromhex(orders["request"])
 
     def request() -> bytes:
+        if not orders["poll_id"]:
+            return same
         # Messages one after the other are read as one.
-        return template and template + pb.CastVoteRequest(voter_id=f"voter-{next(voters):012}").SerializeToString()
+        return template + pb.CastVoteRequest(voter_id=f"voter-{next(voters):012}").SerializeToString()
 
     times: list[float] = []
+    answers: list[tuple[float, bytes]] = []
     async with grpc.aio.insecure_channel(orders["address"]) as channel:
         await channel.channel_ready()
         call: Any = channel.unary_unary(orders["method"])
         await call(request())
 
         async def once(due: float) -> None:
-            await call(request())
-            times.append(time.perf_counter() - due)
+            answer = await call(request())
+            now = time.perf_counter()
+            times.append(now - due)
+            if orders["acknowledged"]:
+                answers.append((now, answer))
 
         async def keep_calling(until: float) -> None:
             while (now := time.perf_counter()) < until:
@@ -57,7 +65,9 @@ async def main() -> None:
                     tasks.create_task(keep_calling(started + orders["seconds"]))
         seconds = time.perf_counter() - started
     percentiles = statistics.quantiles(times, n=100)
-    print(json.dumps({"calls": len(times), "seconds": seconds, "p50": percentiles[49], "p99": percentiles[98]}))
+    figures = {"calls": len(times), "seconds": seconds, "p50": percentiles[49], "p99": percentiles[98]}
+    versions = [(when, pb.CastVoteResponse.FromString(answer).receipt.version) for when, answer in answers]
+    print(json.dumps({**figures, "acknowledged": versions}))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ class Driver:
 
     async def done(self) -> None:
         """Returns when it has ended."""
+        assert self._process.stdin
+        self._process.stdin.close()
         assert await self._process.wait() == 0
 
 

@@ -25,6 +25,8 @@ class Effort(NamedTuple):
     seconds: float
     # Votes that a poll has had when it is called big.
     big_poll: int
+    # How many watch a poll in a crowd.
+    watchers: int
 
 
 @dataclass(frozen=True)

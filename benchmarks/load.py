@@ -1,7 +1,8 @@
 """A caller of CastVotes in a process of its own: `python -m benchmarks.load` with its orders as JSON on stdin.
 
 It prepares all requests as bytes, says "ready", waits for a line, sends them over several streams, and prints what was
-answered as JSON: {"accepted", "already_recorded", "rejected", "seconds"}.
+answered as JSON: {"accepted", "already_recorded", "rejected", "seconds", "acknowledged"}. The last is when
+(time.perf_counter) which version was.
 """
 
 import asyncio
@@ -14,6 +15,8 @@ from typing import Any
 import grpc
 import uvloop
 from tally.command.v1 import command_service_pb2 as pb
+
+from contracts.freshness import parse
 
 METHOD = "/tally.command.v1.CommandService/CastVotes"
 
@@ -35,12 +38,14 @@ async def main() -> None:
         request = pb.CastVotesRequest(batch_sequence=number, poll_id=orders["poll_id"], votes=votes)
         streams[number % len(streams)].append(request.SerializeToString())
     answers = Counter[str]()
+    acknowledged: list[tuple[float, str]] = []
     async with grpc.aio.insecure_channel(orders["address"]) as channel:
         await channel.channel_ready()
         call: Any = channel.stream_stream(METHOD, response_deserializer=pb.CastVotesResponse.FromString)
 
         async def send(requests: list[bytes]) -> None:
             async for response in call(iter(requests)):
+                acknowledged.append((time.perf_counter(), response.consistency_token))
                 answers["accepted"] += response.accepted
                 answers["already_recorded"] += response.already_recorded
                 answers["rejected"] += len(response.rejections)
@@ -49,7 +54,9 @@ async def main() -> None:
         await asyncio.to_thread(sys.stdin.readline)
         started = time.perf_counter()
         await asyncio.gather(*map(send, streams))
-        print(json.dumps({**answers, "seconds": time.perf_counter() - started}), flush=True)
+        seconds = time.perf_counter() - started
+    versions = [(when, parse(token)[1]) for when, token in acknowledged]
+    print(json.dumps({**answers, "seconds": seconds, "acknowledged": versions}), flush=True)
 
 
 if __name__ == "__main__":

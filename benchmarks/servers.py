@@ -1,7 +1,8 @@
-"""`python -m benchmarks.servers empty|plain`: what CastVote is compared with, on the same kind of gRPC server.
+"""`python -m benchmarks.servers empty|plain`: what our RPCs are compared with, on the same kind of gRPC server.
 
 `empty` answers a unary RPC without reading it. `plain` is a service as one writes it first: for each vote a transaction
-that inserts the vote and adds one to a counter's row.
+that inserts the vote and adds one to a counter's row. Both have a stream that sends the bytes of its request, and again
+whenever somebody calls `Tell`.
 """
 
 import asyncio
@@ -18,6 +19,8 @@ from runtime.settings import Settings
 
 SERVICE = "tally.benchmarks.Server"
 METHOD = f"/{SERVICE}/Call"
+WATCH = f"/{SERVICE}/Watch"
+TELL = f"/{SERVICE}/Tell"
 
 CREATE_VOTES = """
 CREATE TABLE IF NOT EXISTS plain_votes (poll_id uuid, voter_id text, option_id text, PRIMARY KEY (poll_id, voter_id))
@@ -52,9 +55,26 @@ async def main(stop: asyncio.Event) -> None:
                     await connection.execute(_COUNT, vote.poll_id, option_id)
             return pb.CastVoteResponse().SerializeToString()
 
-        handler: Any = grpc.unary_unary_rpc_method_handler({"empty": empty, "plain": plain}[sys.argv[1]])
+        told = asyncio.Event()
+
+        async def tell(_: bytes, __: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+            nonlocal told
+            told.set()
+            told = asyncio.Event()
+            return b""
+
+        async def watch(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            while True:
+                await context.write(request)
+                await told.wait()
+
+        handlers: dict[str, Any] = {
+            "Call": grpc.unary_unary_rpc_method_handler({"empty": empty, "plain": plain}[sys.argv[1]]),
+            "Tell": grpc.unary_unary_rpc_method_handler(tell),
+            "Watch": grpc.unary_stream_rpc_method_handler(watch),
+        }
         server = serving.new_server()
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Call": handler}),))
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         await serving.serve(
             server, settings.command_listen, [], stop, lambda _: lifecycle.announce("serving", settings)
         )

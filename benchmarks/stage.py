@@ -88,9 +88,10 @@ class Stage:
 
     @asynccontextmanager
     async def server(self, *arguments: str) -> AsyncIterator[Server]:
-        """A gRPC server `python -m …` on the write database."""
+        """A gRPC server `python -m …` on these stores."""
         address = f"127.0.0.1:{embedded.free_port()}"
-        environment = {"TALLY_COMMAND_LISTEN": address, "TALLY_VOTER_SECRET": VOTER_SECRET}
+        listen = {"TALLY_COMMAND_LISTEN": address, "TALLY_QUERY_LISTEN": address}
+        environment = {**listen, "TALLY_VOTER_SECRET": VOTER_SECRET}
         async with self.service(*arguments, environment=environment) as process:
             yield Server(address, pid_of(process))
 

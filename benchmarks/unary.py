@@ -2,7 +2,7 @@
 
 import time
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import asyncpg
@@ -17,6 +17,9 @@ METHOD = "/tally.command.v1.CommandService/CastVote"
 CONCURRENT = (64, 128, 256)
 
 
+CALLS = "benchmarks.calls"
+
+
 class Calls(NamedTuple):
     """What callers see of a server: calls per second, latency in ms; and its processor time per call, in µs."""
 
@@ -26,14 +29,34 @@ class Calls(NamedTuple):
     p99: float
 
 
-async def call(
-    server: Server, method: str, seconds: float, *, poll_id: str = "", concurrent: int = 0, rate: float = 0.0
-) -> Calls:
-    """Calls a server from another process; see benchmarks.calls."""
-    place = {"address": server.address, "method": method, "poll_id": poll_id, "first": new_voters()}
-    driver = await Driver.prepare(
-        "benchmarks.calls", {**place, "seconds": seconds, "concurrent": concurrent, "rate": rate}
-    )
+def orders(
+    server: Server,
+    method: str,
+    seconds: float,
+    *,
+    poll_id: str = "",
+    request: bytes = b"",
+    concurrent: int = 0,
+    rate: float = 0.0,
+    acknowledged: bool = False,
+) -> dict[str, object]:
+    """What benchmarks.calls shall do: call with votes in a poll, or with the same request."""
+    return {
+        "address": server.address,
+        "method": method,
+        "seconds": seconds,
+        "poll_id": poll_id,
+        "first": new_voters(),
+        "request": request.hex(),
+        "concurrent": concurrent,
+        "rate": rate,
+        "acknowledged": acknowledged,
+    }
+
+
+async def call(server: Server, method: str, seconds: float, **others: Any) -> Calls:
+    """Calls a server from another process; see `orders`."""
+    driver = await Driver.prepare(CALLS, orders(server, method, seconds, **others))
     before = cpu_seconds(server.pid)
     answer = await driver.go()
     cpu = cpu_seconds(server.pid) - before
