@@ -27,7 +27,7 @@ from benchmarks.figures import Effort, Figure, cpu_seconds, figure, take_turns
 from benchmarks.pipeline import LIVE, RELAY, VIEWS
 from benchmarks.stage import Server, Stage
 from contracts.freshness import token
-from contracts.live import live_key
+from contracts.live import FIRST_GENERATION, live_channel, live_key
 
 STREAMS = "benchmarks.streams"
 METHOD = "/tally.query.v1.QueryService/WatchResults"
@@ -249,8 +249,8 @@ class _Changes:
         )
         message = pb.GetResultsResponse(results=results).SerializeToString()
         async with self._redis.pipeline() as pipeline:
-            pipeline.hset(live_key(poll_id), mapping={"version": version, "results": message})
-            pipeline.publish(live_key(poll_id), message)
+            pipeline.hset(live_key(FIRST_GENERATION, poll_id), mapping={"version": version, "results": message})
+            pipeline.publish(live_channel(poll_id), message)
             await pipeline.execute()
         return message
 

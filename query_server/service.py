@@ -1,6 +1,5 @@
 """The RPCs of QueryService: each handler reads its request, asks, and translates the answer."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 from uuid import UUID
@@ -24,9 +23,6 @@ from query_server.watchers import Watchers
 Answer = TypeVar("Answer")
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-# A reader that takes no message for this long is sent away; seconds.
-STUCK = 30.0
 
 
 class QueryService(QueryServiceServicer):
@@ -80,8 +76,7 @@ class QueryService(QueryServiceServicer):
         fresh = wanted(request.at_least_as_fresh, poll_ids)
         min_interval = request.min_interval.ToTimedelta().total_seconds()
         async with self._watchers.watch(poll_ids, fresh, patience(context), min_interval) as watcher:
-            while not watcher.done:
-                await _write(context, await watcher.next())
+            await watcher.forward(context.write)
 
     async def GetVote(self, request: pb.GetVoteRequest, context: Context) -> pb.GetVoteResponse:
         poll_id, voter_key = UUID(request.poll_id), self._voters.voter_key(request.voter_id)
@@ -153,12 +148,3 @@ class QueryService(QueryServiceServicer):
         """What `read` returns of the poll, once it shows the command that the request has a token of."""
         version = wanted(request.at_least_as_fresh, [poll_id]).get(poll_id, 0)
         return await caught_up(self._announcements, poll_id, version, read, patience(context))
-
-
-async def _write(context: Context, results: bytes) -> None:
-    try:
-        async with asyncio.timeout(STUCK):
-            await context.write(results)
-    except TimeoutError:
-        message = f"this reader took no message for {STUCK:g} s; watch again"
-        raise Refusal(ErrorReason.ERROR_REASON_OVERLOADED, message) from None
