@@ -108,6 +108,11 @@ async def test_results_are_hidden_until_the_poll_is_closed(system: System) -> No
     assert [count.count for count in response.results.certification.counts] == [1, 0]
 
 
+async def test_what_is_no_visibility_is_refused(system: System) -> None:
+    refusal = await refused(draft(system, results_visibility=7))
+    assert (refusal.reason, refusal.fields) == ("INVALID_REQUEST", ["poll.results_visibility"])
+
+
 async def test_a_cancelled_poll_shows_nothing_ever(system: System) -> None:
     poll_id = await open_hidden(system)
     await vote(system, poll_id, "ann")

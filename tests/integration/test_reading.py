@@ -322,6 +322,53 @@ async def test_votes_and_turnout_are_as_fresh_as_asked_for(
     assert (await turnout(server, poll, **fresh)).version == 3
 
 
+# --- results
+
+
+async def test_the_read_database_hides_results_too(server: QueryServiceAsyncStub, database: ReadDatabase) -> None:
+    hidden, shown = Poll(results_visibility=RESULTS_VISIBILITY_AFTER_CLOSE), Poll()
+    for poll in (hidden, shown):
+        poll.opens()
+        poll.votes(NOON, "ann")
+    await database.store(hidden, shown)
+    name, missing = str(hidden.poll_id), str(uuid4())
+    for call in (
+        server.GetResults(pb.GetResultsRequest(poll_id=name)),
+        server.GetResults(pb.GetResultsRequest(poll_id=name, at_least_as_fresh=token(hidden.poll_id, 3)), timeout=5),
+        server.WatchResults(pb.WatchResultsRequest(poll_ids=[str(shown.poll_id), name]), timeout=5).read(),
+    ):
+        assert (await refused(call)).reason == "RESULTS_HIDDEN"
+    # The same poll twice, written differently.
+    poll_ids = [missing, name, str(shown.poll_id), str(shown.poll_id).upper()]
+    batch = await server.BatchGetResults(pb.BatchGetResultsRequest(poll_ids=poll_ids))
+    assert (list(batch.missing_poll_ids), list(batch.hidden_poll_ids)) == ([missing], [name])
+    [results] = batch.results
+    assert results == (await server.GetResults(pb.GetResultsRequest(poll_id=str(shown.poll_id)))).results
+    hidden.closes(NOON)
+    waiting = server.WatchResults(
+        pb.WatchResultsRequest(poll_ids=[name], at_least_as_fresh=token(hidden.poll_id, 4)), timeout=5
+    ).read()
+    await database.store(hidden)
+    first = await waiting
+    assert isinstance(first, pb.WatchResultsResponse)
+    assert (first.results.state, first.results.counts[0].count) == (POLL_STATE_CLOSED, 1)
+
+
+async def test_more_results_than_an_answer_holds_are_refused(
+    server: QueryServiceAsyncStub, database: ReadDatabase
+) -> None:
+    options = [PollOption(option_id=f"option-{number}", label="?" * 200) for number in range(1000)]
+    polls = [Poll(options=options) for _ in range(20)]
+    await database.store(*polls)
+    poll_ids = [str(poll.poll_id) for poll in polls]
+    refusal = await refused(server.BatchGetResults(pb.BatchGetResultsRequest(poll_ids=poll_ids)))
+    assert (refusal.reason, refusal.fields) == ("INVALID_REQUEST", ["poll_ids"])
+    assert len((await server.BatchGetResults(pb.BatchGetResultsRequest(poll_ids=poll_ids[:10]))).results) == 10
+    for wrong in ([], ["7"], poll_ids[:1] * 2, [str(uuid4()) for _ in range(101)]):
+        refusal = await refused(server.BatchGetResults(pb.BatchGetResultsRequest(poll_ids=wrong)))
+        assert refusal.reason == "INVALID_REQUEST"
+
+
 # --- pages of polls
 
 
