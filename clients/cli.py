@@ -43,11 +43,13 @@ from clients.status import status
 from clients.voters import RollFile
 from clients.watchers import voting_method
 from clients.watchers import watch as watch_results
+from contracts.read_models import READ_MODELS
 
 _INTERRUPTED = 130
 _SOME_REJECTED = 3
 _SOME_MISSING = 3
 _POLLS_OF_A_QUESTION = 100
+_SOME_PARKED = 3
 _CHART_INTERVAL = 0.1
 
 app = typer.Typer(
@@ -327,6 +329,56 @@ def migrate(
         print_json({"applied": applied})
     else:
         print_fields({name: ", ".join(files) or "is up to date" for name, files in applied.items()})
+
+
+@app.command()
+def rebuild(
+    read_model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="The read model: live, views or documents.", show_default=False)
+    ],
+    write_dsn: Annotated[
+        str | None, typer.Option(envvar="TALLY_WRITE_DSN", show_envvar=True, help="The write database.")
+    ] = None,
+    read_dsn: Annotated[
+        str | None, typer.Option(envvar="TALLY_READ_DSN", show_envvar=True, help="The read database, as its owner.")
+    ] = None,
+    redis_url: Annotated[
+        str | None, typer.Option(envvar="TALLY_REDIS_URL", show_envvar=True, help="Redis, for the read model live.")
+    ] = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Make a read model anew from the event log in the write database, while it is read and kept up.
+
+    Use it after a fix of how events are counted, or where a read model is not to be trusted. A fresh copy is made
+    beside the one in use, and takes its place in one step once it has caught up; then the old one is removed. Readers
+    and voters notice nothing. The stream is not needed. Stores that are not given are those of the `tally up` that runs
+    in --data-dir.
+
+    It may be interrupted at any time, and run again: then it begins anew.
+
+    Exit code: 0 when the fresh copy is in use, 3 if polls stand still in it at an event that cannot be applied, 1 after
+    an error, 2 for wrong usage, 130 if interrupted.
+    """
+    if read_model not in READ_MODELS:
+        raise typer.BadParameter(f"there is no read model {read_model}; there are {', '.join(READ_MODELS)}")
+    from clients.rebuilding import Rebuilding  # noqa: PLC0415 - as above
+
+    given = {"TALLY_WRITE_DSN": write_dsn, "TALLY_READ_DSN": read_dsn, "TALLY_REDIS_URL": redis_url}
+    rebuilding = Rebuilding(read_model, given, data_dir)
+    try:
+        asyncio.run(rebuilding.run())
+    except KeyboardInterrupt:
+        say("interrupted: " + ("the fresh copy is in use" if rebuilding.switched else f"{read_model} is as it was"))
+        sys.exit(_INTERRUPTED)
+    outcome = rebuilding.outcome
+    if output is Output.JSON:
+        print_json(outcome)
+    else:
+        print_fields({name: f"{value:,.3g}" if "second" in name else str(value) for name, value in outcome.items()})
+    if outcome["parked_polls"]:
+        say("some polls stand still at an event that cannot be applied; see tally dead-letters list")
+        sys.exit(_SOME_PARKED)
 
 
 async def _results(address: Address, request: GetResultsRequest) -> tuple[GetResultsResponse, "VotingMethod.ValueType"]:

@@ -1,4 +1,7 @@
-"""The schemas of databases that an operator brings."""
+"""The stores behind the servers: where they are, and the schemas of databases that an operator brings."""
+
+import json
+from pathlib import Path
 
 import asyncpg
 
@@ -6,6 +9,24 @@ from clients.failures import Failure
 from migrations import migrate_read, migrate_write
 
 _MIGRATE = {"write": migrate_write, "read": migrate_read}
+
+
+def find_store(setting: str, given: str | None, data_dir: Path) -> str:
+    """The address that was given for a setting such as TALLY_READ_DSN, or that of the `tally up` whose data are in
+    `data_dir`. Raises Failure."""
+    if given:
+        return given
+    name = setting.removeprefix("TALLY_").lower()
+    record = data_dir / "run.json"
+    try:
+        return str(json.loads(record.read_text())[name])
+    except FileNotFoundError:
+        option = f"--{name.replace('_', '-')}"
+        raise Failure(
+            f"give {option}, set {setting}, or run `tally up` in this directory (there is no {record})"
+        ) from None
+    except (OSError, ValueError, LookupError, TypeError):
+        raise Failure(f"{record} does not say what {setting} is; set it") from None
 
 
 async def migrate(name: str, dsn: str) -> list[str]:

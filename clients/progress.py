@@ -29,13 +29,18 @@ class Work(Protocol):
 
 
 class Progress:
-    """Shows work while it goes on, up to `total` rows: `with Progress(work, total) as progress: …`."""
+    """Shows work while it goes on, up to `total` rows or more: `with Progress(work, total) as progress: …`."""
 
     def __init__(
-        self, work: Work, total: int, method: "VotingMethod.ValueType" = VotingMethod.VOTING_METHOD_UNSPECIFIED
+        self,
+        work: Work,
+        total: int,
+        method: "VotingMethod.ValueType" = VotingMethod.VOTING_METHOD_UNSPECIFIED,
+        unit: str = "rows",
     ) -> None:
         self._work = work
         self._total = total
+        self._unit = unit
         self._method = method
         self._console = console(stderr=True)
         self._results: Results | None = None
@@ -81,8 +86,9 @@ class Progress:
 
     def _line(self) -> str:
         done = self._work.done
-        share = done / self._total if self._total else 1.0
-        return f"{done:,} of {self._total:,} rows ({share:.0%}), {self._work.pace}"
+        total = max(self._total, done)
+        share = done / total if total else 1.0
+        return f"{done:,} of {total:,} {self._unit} ({share:.0%}), {self._work.pace}"
 
     def _screen(self) -> RenderableType:
         line = Table.grid(padding=(0, 2))

@@ -18,6 +18,8 @@ from uuid import UUID
 
 GENERATION_KEY = "tally:live:generation"
 FIRST_GENERATION = "0"
+# The copy that a rebuild is making.
+FRESH_GENERATION_KEY = "tally:live:fresh-generation"
 
 # What the projector says of itself and of the copy in use: a serialized tally.query.v1.GetReadModelStatusResponse; see
 # contracts/status.py.
@@ -27,6 +29,11 @@ STATUS_KEY = "tally:live:status"
 def position_key(generation: str) -> str:
     """How far into the stream a copy is; see migrations/read/views/0001_views.sql, stream_position."""
     return f"tally:live:{generation}:position"
+
+
+def frozen_key(generation: str) -> str:
+    """While there is this key, nothing in a copy is changed: it is about to be replaced."""
+    return f"tally:live:{generation}:frozen"
 
 
 def dead_letters_key(generation: str) -> str:

@@ -29,6 +29,7 @@ class Documents(Schema):
     """The read model `documents`; made by `connect`."""
 
     name: ClassVar[str] = "documents"
+    polls: ClassVar[str] = "documents"
 
     async def load(self, poll_ids: Sequence[str]) -> dict[str, Tally]:
         rows = await self._connection.fetch(sql.tallies, poll_ids)

@@ -22,6 +22,7 @@ from contracts.live import (
     GENERATION_KEY,
     STATUS_KEY,
     dead_letters_key,
+    frozen_key,
     hidden_results,
     live_channel,
     live_key,
@@ -31,55 +32,50 @@ from projector.fold import Tally
 from projector.projection import Change, Displaced
 from projector.stream import Position
 
-_SECONDS = 5.0
+SECONDS = 5.0
 _SCRIPT = (files(__package__) / "live.lua").read_text()
 
 
 class Live:
-    """The read model `live`; made by `connect`."""
+    """One copy of the read model `live`; the one in use is made by `connect`."""
 
     name: ClassVar[str] = "live"
     failures: ClassVar[tuple[type[Exception], ...]] = (RedisError, OSError, TimeoutError)
     refusals: ClassVar[tuple[type[Exception], ...]] = ()
 
-    def __init__(self, redis: Redis, generation: str) -> None:
+    def __init__(self, redis: Redis, generation: str, named_by: str = GENERATION_KEY) -> None:
+        """`named_by` is the key that names this copy; another value in it means that this is no longer the one."""
+        self.generation = generation
         self._redis = redis
-        self._generation = generation
+        self._named_by = named_by
         self._store = redis.register_script(_SCRIPT)
 
     @classmethod
     @asynccontextmanager
     async def connect(cls, redis_url: str) -> AsyncIterator[Self]:
         """Opens the read model for one session."""
-        # No retries below this: the session begins anew and finds out what was stored. No socket_timeout either: it
-        # uses asyncio.wait_for, which in Python 3.11 can lose a cancellation; each question has its own limit.
-        redis = Redis.from_url(redis_url, socket_connect_timeout=2, socket_timeout=None, retry=Retry(NoBackoff(), 0))
-        try:
-            async with asyncio.timeout(_SECONDS):
-                generation = await redis.get(GENERATION_KEY)
-            yield cls(redis, _generation(generation))
-        finally:
-            await redis.aclose()
+        async with client(redis_url) as redis:
+            yield cls(redis, await generation_in_use(redis))
 
     async def position(self) -> Position | None:
-        async with asyncio.timeout(_SECONDS):
-            current, value = await self._redis.mget(GENERATION_KEY, position_key(self._generation))
-        if _generation(current) != self._generation:
+        async with asyncio.timeout(SECONDS):
+            current, value = await self._redis.mget(self._named_by, position_key(self.generation))
+        if _generation(current) != self.generation:
             raise Displaced("another copy is in use now")
         return Position(*map(int, value.split())) if value else None
 
     async def load(self, poll_ids: Sequence[str]) -> dict[str, Tally]:
         async with self._redis.pipeline(transaction=False) as pipeline:
             for poll_id in poll_ids:
-                pipeline.hmget(live_key(self._generation, poll_id), "results", "counted")
-            async with asyncio.timeout(_SECONDS):
+                pipeline.hmget(live_key(self.generation, poll_id), "results", "counted")
+            async with asyncio.timeout(SECONDS):
                 values = await pipeline.execute()
         found = zip(poll_ids, values, strict=True)
         return {poll_id: _tally(results, counted) for poll_id, (results, counted) in found if results}
 
     async def dead_letters(self) -> list[DeadLetter]:
-        async with asyncio.timeout(_SECONDS):
-            values = await self._redis.hvals(dead_letters_key(self._generation))
+        async with asyncio.timeout(SECONDS):
+            values = await self._redis.hvals(dead_letters_key(self.generation))
         return [dead_letters.parse(value) for value in values]
 
     async def store(
@@ -89,25 +85,45 @@ class Live:
         old: Position | None,
         new: Position,
     ) -> None:
-        copy = self._generation
+        copy = self.generation
         polls = [live_key(copy, change.poll_id) for change in changes]
-        keys = [GENERATION_KEY, position_key(copy), dead_letters_key(copy), *polls]
+        keys = [self._named_by, frozen_key(copy), position_key(copy), dead_letters_key(copy), *polls]
         arguments: list[str | bytes | int] = [copy, _text(old), _text(new)]
         for change in changes:
             results, counted = _results(change.poll_id, change.tally), b""
             if change.tally.hidden:
                 results, counted = hidden_results(change.tally.version), results
-            arguments += [change.before, change.tally.version, results, counted, live_channel(change.poll_id)]
+            # What is not in use yet is nobody's news.
+            channel = live_channel(change.poll_id) if self._named_by == GENERATION_KEY else ""
+            arguments += [change.before, change.tally.version, results, counted, channel]
         for poll_id, letter in letters.items():
             arguments += [poll_id, dead_letters.dump(letter) if letter else ""]
-        async with asyncio.timeout(_SECONDS):
+        async with asyncio.timeout(SECONDS):
             unexpected = await self._store(keys=keys, args=arguments)
         if unexpected:
             raise Displaced(f"{unexpected.decode()} is not as this process left it")
 
     async def report(self, status: bytes) -> None:
-        async with asyncio.timeout(_SECONDS):
+        async with asyncio.timeout(SECONDS):
             await self._redis.set(STATUS_KEY, status)
+
+
+@asynccontextmanager
+async def client(redis_url: str) -> AsyncIterator[Redis]:
+    """A connection to Redis for one session."""
+    # No retries below this: the session begins anew and finds out what was stored. No socket_timeout either: it uses
+    # asyncio.wait_for, which in Python 3.11 can lose a cancellation; each question has its own limit.
+    redis = Redis.from_url(redis_url, socket_connect_timeout=2, socket_timeout=None, retry=Retry(NoBackoff(), 0))
+    try:
+        yield redis
+    finally:
+        await redis.aclose()
+
+
+async def generation_in_use(redis: Redis) -> str:
+    """The copy that readers read."""
+    async with asyncio.timeout(SECONDS):
+        return _generation(await redis.get(GENERATION_KEY))
 
 
 def _generation(value: Any) -> str:

@@ -231,6 +231,11 @@ class Session:
         self._measure(changes)
         return changes
 
+    async def move(self, position: Position) -> None:
+        """Notes that the read model contains the stream up to another position."""
+        await self._model.store([], {}, self._stored, position)
+        self._stored = position
+
     def _decode(self, messages: Sequence[Message]) -> dict[str, list[_Received]]:
         """The events by poll."""
         received: dict[str, list[_Received]] = {}

@@ -30,25 +30,28 @@ _SESSION = {
 
 
 class Schema:
-    """A read model in the schema of its `name`, which has the tables stream_position, dead_letters
-    and projector_status, and its own."""
+    """One copy of a read model: a schema with tables stream_position, dead_letters and projector_status, and its own.
+    The copy in use has the read model's name."""
 
     name: ClassVar[str]
+    # Its table with a row for each poll: poll_id and version.
+    polls: ClassVar[str]
     failures: ClassVar[tuple[type[Exception], ...]] = (*postgres.UNAVAILABLE, asyncpg.PostgresError)
     refusals: ClassVar[tuple[type[Exception], ...]] = (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError)
 
-    def __init__(self, connection: asyncpg.Connection, copy: int) -> None:
+    def __init__(self, connection: asyncpg.Connection, copy: int, in_use: bool) -> None:
         self._connection = connection
         self._copy = copy
+        self._in_use = in_use
 
     @classmethod
     @asynccontextmanager
-    async def connect(cls, read_dsn: str) -> AsyncIterator[Self]:
-        """Opens the read model for one session."""
-        session = _SESSION | {"application_name": f"projector {cls.name}", "search_path": cls.name}
+    async def connect(cls, read_dsn: str, schema: str = "") -> AsyncIterator[Self]:
+        """Opens the read model for one session: the copy in use, or the one in another schema."""
+        session = _SESSION | {"application_name": f"projector {cls.name}", "search_path": schema or cls.name}
         connection = await asyncpg.connect(read_dsn, timeout=5, command_timeout=SECONDS, server_settings=session)
         try:
-            yield cls(connection, await connection.fetchval(sql.copy))
+            yield cls(connection, await connection.fetchval(sql.copy), in_use=not schema)
         finally:
             connection.terminate()
 

@@ -46,6 +46,7 @@ class Views(Schema):
     """The read model `views`; made by `connect`."""
 
     name: ClassVar[str] = "views"
+    polls: ClassVar[str] = "polls"
 
     async def load(self, poll_ids: Sequence[str]) -> dict[str, Tally]:
         rows = await self._connection.fetch(sql.tallies, poll_ids)
@@ -70,7 +71,7 @@ class Views(Schema):
                 await self._replace_votes(poll_no, event)
         if turnout := _turnout(events):
             await self._connection.execute(sql.add_turnout, *zip(*turnout, strict=True))
-        if changes:
+        if changes and self._in_use:
             versions = [(change.poll_id, change.tally.version) for change in changes]
             await self._connection.execute(sql.announce, CHANNEL, announcements(versions))
 
