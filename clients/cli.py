@@ -362,10 +362,11 @@ def rebuild(
     """
     if read_model not in READ_MODELS:
         raise typer.BadParameter(f"there is no read model {read_model}; there are {', '.join(READ_MODELS)}")
-    from clients.rebuilding import Rebuilding  # noqa: PLC0415 - as above
+    from clients.rebuilding import Rebuilding, say_warnings  # noqa: PLC0415 - as above
 
     given = {"TALLY_WRITE_DSN": write_dsn, "TALLY_READ_DSN": read_dsn, "TALLY_REDIS_URL": redis_url}
     rebuilding = Rebuilding(read_model, given, data_dir)
+    say_warnings()
     try:
         asyncio.run(rebuilding.run())
     except KeyboardInterrupt:

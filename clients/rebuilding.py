@@ -23,6 +23,14 @@ from projector.rebuild import Rebuild, copies
 _FAILURES = (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError, RedisError, Displaced)
 
 
+def say_warnings() -> None:
+    """What the machinery logs is said on stderr, where it is a warning or worse."""
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
 class Rebuilding:
     """One run of `tally rebuild`. Raises Failure where it is not known where the stores are."""
 
@@ -37,10 +45,6 @@ class Rebuilding:
 
     async def run(self) -> None:
         """Rebuilds, with a progress bar. Raises Failure; `outcome` is what came of it, once `switched`."""
-        structlog.configure(
-            wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-            logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        )
         try:
             async with event_log.connect(self._write_dsn) as log:
                 await self._rebuild(log)
@@ -63,14 +67,15 @@ class Rebuilding:
             with Progress(work, events, unit="events") as progress:
                 await work.run(progress.went_on)
             self.switched = True
+            seconds = work.seconds
             self.outcome = {
                 "read_model": self.read_model,
                 "polls": polls,
                 "events": work.events,
                 "votes": work.votes,
                 "parked_polls": work.parked,
-                "seconds": work.seconds,
-                "events_per_second": work.events / work.seconds,
-                "votes_per_second": work.votes / work.seconds,
+                "seconds": seconds,
+                "events_per_second": work.events / seconds,
+                "votes_per_second": work.votes / seconds,
                 "frozen_seconds": work.frozen_seconds,
             }
