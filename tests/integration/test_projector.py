@@ -23,7 +23,7 @@ from tally.event.v1.event_pb2 import Event, VotesCast
 from tally.poll.v1.poll_pb2 import POLL_STATE_CLOSED, POLL_STATE_OPEN
 from tally.query.v1.query_service_pb2 import RESULTS_SOURCE_LIVE_CACHE, GetResultsResponse, Results
 
-from contracts.bus import ALL_EVENTS, REPUBLISH, STREAM, VERSION_HEADER, event_subject
+from contracts.bus import ALL_EVENTS, REPUBLISH, STREAM, VERSION_HEADER, event_subject, republish_request
 from contracts.dead_letters import DeadLetter
 from contracts.live import FIRST_GENERATION, live_channel, live_key, position_key
 from contracts.read_models import READ_MODELS
@@ -670,37 +670,50 @@ async def _true(value: object) -> bool:
     return bool(value)
 
 
+@pytest.mark.parametrize("restarted", [True, False])
 async def test_a_poll_that_goes_on_gets_all_that_came_while_it_stood_still(
-    all_: Everything, monkeypatch: pytest.MonkeyPatch
+    all_: Everything, monkeypatch: pytest.MonkeyPatch, restarted: bool
 ) -> None:
+    # What is asked for is published by threes; and the relay does not look at the stream's end, which they are then.
     monkeypatch.setattr(repair, "RANGE_EVENTS", 3)
+    monkeypatch.setattr(repair, "TAIL_CHECK_SECONDS", 1000)
     log = all_.log
     poll = await log.poll()
     for _ in range(9):
         await log.cast(poll)
-    later = await log.events(poll)
+    events = await log.events(poll)
     await all_.stream()
-    await all_.publish(poll, later[:3])
-    await all_.publish_bytes(poll, 4, of_a_later_code(later[3]))
-    await all_.publish(poll, later[4:])
+    await all_.publish(poll, events[:3])
+    await all_.publish_bytes(poll, 4, of_a_later_code(events[3]))
+    await all_.publish(poll, events[4:])
     await log.connection.execute("DELETE FROM outbox")
+
+    # No later event of the poll comes, and the stream has its end: only the letter knows what is missing.
+    async def goes_on() -> None:
+        for read_model in ("live", "views"):
+            assert await all_.dead_letters(read_model) == []
+        await all_.in_redis(poll)
+        await all_.in_views(poll)
+
     async with running(all_.live, all_.views):
         await eventually(lambda: _stands_still(all_, poll))
-    # Neither is an event of this poll to come, nor is the end of the stream to be repaired: only the letter knows.
-    async with running(all_.relay, all_.live, all_.views):
-        await all_.counted(poll)
-        for read_model in ("live", "views"):
-            await eventually(lambda read_model=read_model: _no_letters(all_, read_model))  # type: ignore[misc]
+        if not restarted:
+            async with running(all_.relay):
+
+                async def is_replayed() -> None:
+                    await all_.bus.publish(REPUBLISH, republish_request(poll.poll_id, 4))
+                    await goes_on()
+
+                await eventually(is_replayed)
+    if restarted:
+        async with running(all_.relay, all_.live, all_.views):
+            await eventually(goes_on)
 
 
 async def _stands_still(all_: Everything, poll: WrittenPoll) -> None:
     for read_model in ("live", "views"):
         letters = await all_.dead_letters(read_model)
         assert [(letter.version, letter.latest) for letter in letters] == [(4, poll.version)]
-
-
-async def _no_letters(all_: Everything, read_model: str) -> None:
-    assert await all_.dead_letters(read_model) == []
 
 
 async def test_a_wiped_read_model_parks_the_poll_again(all_: Everything) -> None:
