@@ -6,23 +6,25 @@ from uuid import UUID
 # Turnout is counted by so many seconds: what GetTurnout answers is put together from these.
 TURNOUT_GRAIN = 10
 
-# Where the projector announces what it has committed, with NOTIFY.
-CHANNEL = "tally_views"
+# Where the projectors of all read models announce what they have committed, with NOTIFY.
+CHANNEL = "tally_read_models"
+VIEWS, DOCUMENTS = "views", "documents"
 # Postgres allows 7,999 bytes in one; a poll takes up to 57.
 _POLLS_OF_AN_ANNOUNCEMENT = 130
 
 
-def announcements(versions: Sequence[tuple[str, int]]) -> list[str]:
-    """What says that the read database has these polls at these versions."""
+def announcements(read_model: str, versions: Sequence[tuple[str, int]]) -> list[str]:
+    """What says that a read model has these polls at these versions."""
     lines = [f"{poll_id} {version}" for poll_id, version in versions]
     starts = range(0, len(lines), _POLLS_OF_AN_ANNOUNCEMENT)
-    return ["\n".join(lines[start : start + _POLLS_OF_AN_ANNOUNCEMENT]) for start in starts]
+    return ["\n".join([read_model, *lines[start : start + _POLLS_OF_AN_ANNOUNCEMENT]]) for start in starts]
 
 
-def parse_announcement(announcement: str) -> list[tuple[UUID, int]]:
-    """The polls with their versions. Raises ValueError for what is no announcement."""
+def parse_announcement(announcement: str) -> tuple[str, list[tuple[UUID, int]]]:
+    """The read model, and its polls with their versions. Raises ValueError for what is no announcement."""
+    read_model, *lines = announcement.split("\n")
     found = []
-    for line in announcement.splitlines():
+    for line in lines:
         poll_id, _, version = line.partition(" ")
         found.append((UUID(poll_id), int(version)))
-    return found
+    return read_model, found

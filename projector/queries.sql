@@ -1,6 +1,3 @@
--- announce: tells whoever waits for these versions; they hear it once the transaction is committed
-SELECT pg_notify($1, announcement) FROM unnest($2::text[]) AS announcement
-
 -- tallies: what counting goes on from
 SELECT poll_id, version, state, option_ids, option_labels, counts, total_votes, as_of, eligible_voters, certification,
     hidden

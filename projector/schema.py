@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 import asyncpg
 
 from contracts.dead_letters import DeadLetter
+from contracts.views import CHANNEL, announcements
 from projector.fold import Tally
 from projector.projection import Change, Displaced
 from projector.stream import Position
@@ -83,6 +84,9 @@ class Schema:
             if moved not in ("INSERT 0 1", "UPDATE 1"):
                 raise Displaced("the position is not the one that was stored")
             await self._apply(changes)
+            if changes and self._in_use:
+                versions = [(change.poll_id, change.tally.version) for change in changes]
+                await self._connection.execute(sql.announce, CHANNEL, announcements(self.name, versions))
             if letters:
                 kept = [letter for letter in letters.values() if letter]
                 await self._connection.executemany(sql.keep_dead_letter, kept)

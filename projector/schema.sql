@@ -32,3 +32,6 @@ DELETE FROM dead_letters WHERE poll_id = ANY ($1::uuid[])
 -- report: what the projector of a read model says of itself
 INSERT INTO projector_status (read_model, status) VALUES ($1, $2)
 ON CONFLICT (read_model) DO UPDATE SET status = excluded.status
+
+-- announce: tells whoever waits for these versions; they hear it once the transaction is committed
+SELECT pg_notify($1, announcement) FROM unnest($2::text[]) AS announcement

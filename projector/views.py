@@ -21,7 +21,7 @@ from tally.poll.v1.poll_pb2 import (
 from tally.query.v1.query_service_pb2 import Certification
 
 from contracts.counting import added_votes
-from contracts.views import CHANNEL, TURNOUT_GRAIN, announcements
+from contracts.views import TURNOUT_GRAIN
 from contracts.voters import KEY_BYTES
 from projector.fold import Tally, outcome
 from projector.projection import Change, Displaced
@@ -71,9 +71,6 @@ class Views(Schema):
                 await self._replace_votes(poll_no, event)
         if turnout := _turnout(events):
             await self._connection.execute(sql.add_turnout, *zip(*turnout, strict=True))
-        if changes and self._in_use:
-            versions = [(change.poll_id, change.tally.version) for change in changes]
-            await self._connection.execute(sql.announce, CHANNEL, announcements(versions))
 
     async def _replace_votes(self, poll_no: int, event: Event) -> None:
         """The votes of an event some of which take the place of earlier ones."""

@@ -1,6 +1,6 @@
-"""What the read database says of itself: which versions of which polls it has now, for whoever waits for one.
+"""What the read database says of itself: which versions of which polls its read models have, for whoever waits for one.
 
-The projector announces each commit with a NOTIFY. An announcement can be lost with its connection, so all polls that
+The projectors announce each commit with a NOTIFY. An announcement can be lost with its connection, so all polls that
 somebody waits for are also looked up in one statement now and then: rarely while announcements arrive, because that is
 only for safety; more often while they do not.
 """
@@ -59,15 +59,15 @@ class Announcements:
     def __init__(self, read_dsn: str, views: Views) -> None:
         self._dsn = read_dsn
         self._views = views
-        self._waits: dict[UUID, set[_Wait]] = {}
+        self._waits: dict[tuple[str, UUID], set[_Wait]] = {}
         self._count = 0
         self._arriving = False
         # Something may have been announced that was not heard.
         self._unheard = asyncio.Event()
 
     @contextmanager
-    def expect(self, poll_id: UUID, version: int, reached: Callable[[], None]) -> Iterator[None]:
-        """Calls `reached` whenever it is heard that the poll is at this version or a later one.
+    def expect(self, read_model: str, poll_id: UUID, version: int, reached: Callable[[], None]) -> Iterator[None]:
+        """Calls `reached` whenever it is heard that a read model has the poll at this version or a later one.
 
         The server that is read may still be behind the one that announces. Raises OVERLOADED.
         """
@@ -76,7 +76,8 @@ class Announcements:
                 ErrorReason.ERROR_REASON_OVERLOADED, "as many calls wait for a version as this server can hold"
             )
         wait = _Wait(version, reached)
-        waits = self._waits.setdefault(poll_id, set())
+        key = read_model, poll_id
+        waits = self._waits.setdefault(key, set())
         waits.add(wait)
         self._count += 1
         _waits.set(self._count)
@@ -84,8 +85,8 @@ class Announcements:
             yield
         finally:
             waits.discard(wait)
-            if not waits and self._waits.get(poll_id) is waits:
-                del self._waits[poll_id]
+            if not waits and self._waits.get(key) is waits:
+                del self._waits[key]
             self._count -= 1
             _waits.set(self._count)
 
@@ -143,13 +144,15 @@ class Announcements:
             if not self._waits:
                 continue
             _lookups.inc()
-            try:
-                versions = await self._views.versions(list(self._waits))
-            except STORE_FAILURES:
-                # Whoever waits reads the views too, and is told by its own failure.
-                continue
-            for poll_id, version in versions.items():
-                self._reached(poll_id, version)
+            for read_model in {name for name, _ in self._waits}:
+                poll_ids = [poll_id for name, poll_id in self._waits if name == read_model]
+                try:
+                    versions = await self._views.versions(read_model, poll_ids)
+                except STORE_FAILURES:
+                    # Whoever waits reads the same database, and is told by its own failure.
+                    continue
+                for poll_id, version in versions.items():
+                    self._reached(read_model, poll_id, version)
 
     def _announced(self, arriving: bool) -> None:
         self._arriving = arriving
@@ -159,14 +162,14 @@ class Announcements:
     def _on_notification(self, *notification: Any) -> None:
         _heard.inc()
         try:
-            announced = parse_announcement(notification[-1])
+            read_model, announced = parse_announcement(notification[-1])
         except ValueError:
             log.error("not an announcement", payload=notification[-1][:200])
             return
         for poll_id, version in announced:
-            self._reached(poll_id, version)
+            self._reached(read_model, poll_id, version)
 
-    def _reached(self, poll_id: UUID, version: int) -> None:
-        for wait in tuple(self._waits.get(poll_id, ())):
+    def _reached(self, read_model: str, poll_id: UUID, version: int) -> None:
+        for wait in tuple(self._waits.get((read_model, poll_id), ())):
             if version >= wait.version:
                 wait.reached()

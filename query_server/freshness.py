@@ -58,12 +58,13 @@ def behind(version: int, wanted_version: int) -> Refusal:
 
 async def caught_up(
     announcements: Announcements,
+    read_model: str,
     poll_id: UUID,
     version: int,
     read: Callable[[], Awaitable[tuple[int, Answer]]],
     seconds: float,
 ) -> tuple[int, Answer]:
-    """Reads once the read database has this version of the poll, 0 for any, which it waits for up to `seconds`.
+    """Reads once a read model has this version of the poll, 0 for any, which it waits for up to `seconds`.
 
     `read` returns the poll's version with the answer, and so does this. Raises READ_MODEL_BEHIND.
     """
@@ -74,7 +75,7 @@ async def caught_up(
     lag = Backoff(first=0.005, longest=0.1)
     try:
         async with asyncio.timeout(seconds) as limit:
-            with announcements.expect(poll_id, version, announced.set):
+            with announcements.expect(read_model, poll_id, version, announced.set):
                 # Once more, now that nothing is missed any more; after that only when there is a reason to.
                 seen, answer = await read()
                 while seen < version:

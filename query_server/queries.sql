@@ -3,8 +3,11 @@ SELECT poll_id, title, description, option_ids, option_labels, method, state, ve
     max_choices, opens_at, closes_at, allow_vote_change, eligibility, results_visibility
 FROM polls WHERE poll_id = $1
 
--- versions: at which version those polls are that exist
+-- versions: at which version those polls are that the views have
 SELECT poll_id, version FROM polls WHERE poll_id = ANY ($1::uuid[])
+
+-- document_versions: the same of the documents
+SELECT poll_id, version FROM documents.documents WHERE poll_id = ANY ($1::uuid[])
 
 -- polls_page: polls older than a place in the list, newest first
 SELECT poll_id, title, description, option_ids, option_labels, method, state, version, created_at, opened_at, closed_at,

@@ -12,6 +12,7 @@ from tally.query.v1.query_service_pb2_grpc import QueryServiceServicer
 from contracts.freshness import ANY_STATE, parse, token
 from contracts.live import are_hidden
 from contracts.refusals import Refusal, invalid_request, poll_not_found, results_hidden
+from contracts.views import DOCUMENTS, VIEWS
 from contracts.voters import VoterKeys
 from query_server.announcements import Announcements
 from query_server.freshness import caught_up, patience, wanted
@@ -112,7 +113,7 @@ class QueryService(QueryServiceServicer):
         async def read() -> tuple[int, pb.ListVoterVotesResponse]:
             return await self._views.voter_votes(voter_key, request.page_size, request.page_token, fresh.poll_id)
 
-        _, page = await caught_up(self._announcements, *fresh, read, patience(context))
+        _, page = await caught_up(self._announcements, VIEWS, *fresh, read, patience(context))
         for vote in page.votes:
             vote.receipt.receipt_id = self._voters.receipt_id(UUID(vote.receipt.poll_id), voter_key)
         return page
@@ -126,7 +127,9 @@ class QueryService(QueryServiceServicer):
 
     async def GetPollDocument(self, request: pb.GetPollDocumentRequest, context: Context) -> pb.GetPollDocumentResponse:
         poll_id = UUID(request.poll_id)
-        version, document = await self._fresh(request, context, poll_id, lambda: self._views.document(poll_id))
+        version, document = await self._fresh(
+            request, context, poll_id, lambda: self._views.document(poll_id), DOCUMENTS
+        )
         if document is None:
             raise poll_not_found(poll_id)
         return pb.GetPollDocumentResponse(
@@ -144,7 +147,8 @@ class QueryService(QueryServiceServicer):
         context: Context,
         poll_id: UUID,
         read: Callable[[], Awaitable[tuple[int, Answer]]],
+        read_model: str = VIEWS,
     ) -> tuple[int, Answer]:
         """What `read` returns of the poll, once it shows the command that the request has a token of."""
         version = wanted(request.at_least_as_fresh, [poll_id]).get(poll_id, 0)
-        return await caught_up(self._announcements, poll_id, version, read, patience(context))
+        return await caught_up(self._announcements, read_model, poll_id, version, read, patience(context))

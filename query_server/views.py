@@ -30,6 +30,7 @@ from tally.query.v1.query_service_pb2 import (
 from contracts.freshness import token
 from contracts.live import hidden_results
 from contracts.refusals import Refusal, invalid_request
+from contracts.views import DOCUMENTS, VIEWS
 from query_server.turnout import buckets
 from runtime.postgres import queries
 
@@ -77,9 +78,9 @@ class Views:
         rows = await self._fetch(sql.document, poll_id)
         return (rows[0]["version"], rows[0]["document"]) if rows else (0, None)
 
-    async def versions(self, poll_ids: Sequence[UUID]) -> dict[UUID, int]:
-        """At which version those of the polls are that exist."""
-        rows = await self._fetch(sql.versions, poll_ids)
+    async def versions(self, read_model: str, poll_ids: Sequence[UUID]) -> dict[UUID, int]:
+        """At which version those of the polls are that a read model has."""
+        rows = await self._fetch({VIEWS: sql.versions, DOCUMENTS: sql.document_versions}[read_model], poll_ids)
         return {row["poll_id"]: row["version"] for row in rows}
 
     async def vote(self, poll_id: UUID, voter_key: bytes) -> tuple[int, VoteReceipt | None]:

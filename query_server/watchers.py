@@ -27,6 +27,7 @@ from tally.query.v1.query_service_pb2 import GetResultsResponse
 from contracts.failures import STORE_FAILURES
 from contracts.live import are_hidden, live_channel
 from contracts.refusals import Refusal, poll_not_found, results_hidden
+from contracts.views import VIEWS
 from query_server.announcements import Announcements
 from query_server.freshness import behind
 from query_server.live import FAILURES, LiveResults, version_of
@@ -307,7 +308,7 @@ class Watchers:
             # Redis was read before, and did not have it; but the read database may have announced it before.
             self._unread_in_views.add([topic])
         try:
-            with self._announcements.expect(topic.poll_id, version, lambda: self._unread_in_views.add([topic])):
+            with self._announcements.expect(VIEWS, topic.poll_id, version, lambda: self._unread_in_views.add([topic])):
                 yield
         finally:
             topic.waiting.discard(watcher)

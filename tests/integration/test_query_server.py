@@ -33,7 +33,7 @@ from clients.connection import Address, QueryServer
 from clients.watchers import watch as watch_results
 from contracts.freshness import token
 from contracts.live import FIRST_GENERATION, live_channel, live_key
-from contracts.views import CHANNEL, announcements
+from contracts.views import CHANNEL, VIEWS, announcements
 from contracts.voters import VoterKeys
 from projector.fold import fold
 from projector.projection import Change
@@ -81,7 +81,7 @@ class ReadModels:
 
     async def announce(self, poll_id: UUID, version: int, connection: Any = None) -> None:
         """Says that the read database has it, where there is a transaction: once that is committed."""
-        [announcement] = announcements([(str(poll_id), version)])
+        [announcement] = announcements(VIEWS, [(str(poll_id), version)])
         await (connection or self.database).execute("SELECT pg_notify($1, $2)", CHANNEL, announcement)
 
     async def store(self, poll_id: UUID, version: int) -> None:

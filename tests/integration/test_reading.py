@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from uuid import UUID, uuid4
 
 import grpc
 import pytest
+from prometheus_client import REGISTRY
 from tally.event.v1.event_pb2 import (
     CertificationRequested,
     CountChange,
@@ -40,10 +42,14 @@ from tally.query.v1.query_service_pb2_grpc import QueryServiceStub
 
 from contracts.freshness import token
 from contracts.voters import VoterKeys
+from projector.documents import Documents
 from projector.fold import Tally, fold
 from projector.projection import Change
+from projector.schema import Schema
 from projector.stream import Position
 from projector.views import Views
+from query_server.views import Views as Readers
+from tests.processes import eventually
 from tests.servers import VOTER_SECRET, query_channel, refused
 
 if TYPE_CHECKING:
@@ -97,8 +103,8 @@ class Poll:
 class ReadDatabase:
     """The read database, which the projector's own code fills."""
 
-    def __init__(self, views: Views) -> None:
-        self._views = views
+    def __init__(self, model: Schema) -> None:
+        self._model = model
         self._stored: dict[UUID, int] = {}
         self._position: Position | None = None
 
@@ -112,7 +118,7 @@ class ReadDatabase:
                 changes.append(Change(str(poll.poll_id), before, poll.tally, poll.events[before:]))
             self._stored[poll.poll_id] = poll.tally.version
         position = Position((self._position.sequence if self._position else 0) + 1, 0)
-        await self._views.store(changes, {}, self._position, position)
+        await self._model.store(changes, {}, self._position, position)
         self._position = position
 
 
@@ -320,6 +326,39 @@ async def test_votes_and_turnout_are_as_fresh_as_asked_for(
     await database.store(poll)
     assert len((await votes_of(server, "ann", **fresh)).votes) == 1
     assert (await turnout(server, poll, **fresh)).version == 3
+
+
+async def test_a_document_is_waited_for_until_its_own_read_model_has_it(
+    server: QueryServiceAsyncStub, database: ReadDatabase, read_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("query_server.announcements._SAFETY_SECONDS", 3600.0)
+    monkeypatch.setattr("query_server.announcements._ALONE_SECONDS", 3600.0)
+
+    async def is_announced() -> None:
+        assert REGISTRY.get_sample_value("tally_query_announced") == 1
+
+    async def is_awaited() -> None:
+        assert REGISTRY.get_sample_value("tally_query_waiting") == 1
+
+    await eventually(is_announced)
+    reads, read = 0, Readers.document
+
+    async def counted(views: Readers, poll_id: UUID) -> tuple[int, str | None]:
+        nonlocal reads
+        reads += 1
+        return await read(views, poll_id)
+
+    monkeypatch.setattr(Readers, "document", counted)
+    poll = Poll()
+    fresh = pb.GetPollDocumentRequest(poll_id=str(poll.poll_id), at_least_as_fresh=token(poll.poll_id, 1))
+    call = asyncio.ensure_future(server.GetPollDocument(fresh, timeout=5))
+    await eventually(is_awaited)
+    await database.store(poll)
+    done, _ = await asyncio.wait([call], timeout=0.1)
+    assert (len(done), reads) == (0, 2)
+    async with Documents.connect(read_dsn) as documents:
+        await ReadDatabase(documents).store(poll)
+    assert (await call).version == 1
 
 
 # --- results
