@@ -12,6 +12,7 @@ from projector.fold import Tally
 from projector.projection import Change, Displaced
 from projector.stream import Position
 from runtime import postgres
+from runtime.replicas import connect_primary
 
 sql = postgres.queries(__package__, "schema.sql")
 
@@ -50,7 +51,7 @@ class Schema:
     async def connect(cls, read_dsn: str, schema: str = "") -> AsyncIterator[Self]:
         """Opens the read model for one session: the copy in use, or the one in another schema."""
         session = _SESSION | {"application_name": f"projector {cls.name}", "search_path": schema or cls.name}
-        connection = await asyncpg.connect(read_dsn, timeout=5, command_timeout=SECONDS, server_settings=session)
+        connection = await connect_primary(read_dsn, timeout=5, command_timeout=SECONDS, server_settings=session)
         try:
             yield cls(connection, await connection.fetchval(sql.copy), in_use=not schema)
         finally:

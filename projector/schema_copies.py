@@ -17,6 +17,7 @@ from projector.projection import Displaced
 from projector.schema import Schema
 from runtime import postgres
 from runtime.lifecycle import Backoff
+from runtime.replicas import connect_primary
 
 log = structlog.get_logger()
 sql = postgres.queries(__package__, "schema_copies.sql")
@@ -48,7 +49,7 @@ class SchemaCopies:
         """Begins a fresh copy, which is removed at the end unless it is the one in use by then."""
         fresh, retired = (f"{kind.name}_{secrets.token_hex(4)}" for _ in range(2))
         names = {"in_use": kind.name, "fresh": fresh, "retired": retired, "polls": kind.polls}
-        connection = await asyncpg.connect(read_dsn, timeout=10, command_timeout=_SECONDS, server_settings=_SESSION)
+        connection = await connect_primary(read_dsn, timeout=10, command_timeout=_SECONDS, server_settings=_SESSION)
         try:
             for (left,) in await connection.fetch(sql.left, kind.name):
                 await _remove(connection, left)

@@ -18,6 +18,7 @@ from query_server.status import Status
 from query_server.views import CONNECTIONS, Views
 from query_server.watchers import Watchers
 from runtime import lifecycle, postgres, serving, telemetry, workers
+from runtime.replicas import spread_readers
 from runtime.settings import ServerSettings
 
 SERVICE = query_service_pb2.DESCRIPTOR.services_by_name["QueryService"].full_name
@@ -64,9 +65,10 @@ async def serve(settings: QuerySettings, stop: asyncio.Event, ready: Callable[[i
     serving.add_service(server, add_QueryServiceServicer_to_server, service, status_of)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(watchers.run(stop))
-        listening = tasks.create_task(announcements.run())
+        beside = [tasks.create_task(announcements.run()), tasks.create_task(spread_readers(pool))]
         await serving.serve(server, settings.query_listen, [SERVICE], stop, ready)
-        listening.cancel()
+        for task in beside:
+            task.cancel()
     await redis.aclose()
     pool.terminate()
 

@@ -22,6 +22,7 @@ from contracts.views import CHANNEL, parse_announcement
 from query_server.views import Views
 from runtime import postgres
 from runtime.lifecycle import Backoff
+from runtime.replicas import connect_primary
 
 log = structlog.get_logger()
 
@@ -101,12 +102,8 @@ class Announcements:
         while True:
             try:
                 # A standby can be read, but not listened to.
-                connection = await asyncpg.connect(
-                    self._dsn,
-                    timeout=_PATIENCE,
-                    command_timeout=_PATIENCE,
-                    server_settings=_SESSION,
-                    target_session_attrs="primary",
+                connection = await connect_primary(
+                    self._dsn, timeout=_PATIENCE, command_timeout=_PATIENCE, server_settings=_SESSION
                 )
                 try:
                     await connection.add_listener(CHANNEL, self._on_notification)

@@ -2,12 +2,13 @@
 
 import asyncio
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import wraps
 from struct import Struct
 from struct import error as StructError  # noqa: N812
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 from uuid import UUID
 
 import asyncpg
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
 Element = TypeVar("Element", Poll, VoterVote)
+Question = ParamSpec("Question")
+Answer = TypeVar("Answer")
 
 sql = queries(__package__)
 
@@ -53,6 +56,16 @@ MAX_ANSWER_BYTES = 3 << 20
 # Rows that are fetched at once: pages can be long, and a poll with all its options large.
 _PREFETCH = 50
 
+# How a question fails whose server ends, or takes its connection away, before it is answered.
+_INTERRUPTIONS = (
+    ConnectionResetError,
+    asyncpg.ConnectionDoesNotExistError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+)
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _PAGE_TOKEN = Struct(">BBq16s")
 _PAGE_TOKEN_FORMAT = 1
@@ -60,6 +73,20 @@ _VOTES_PAGE_TOKEN = Struct(">B16s")
 _VOTES_PAGE_TOKEN_FORMAT = 2
 # Above the number of every poll.
 _AFTER_ALL_POLLS = 2**31 - 1
+
+
+def _persistent(ask: Callable[Question, Awaitable[Answer]]) -> Callable[Question, Awaitable[Answer]]:
+    """Asks again where a server took its connection away: until another one answers, or none does."""
+
+    @wraps(ask)
+    async def persist(*arguments: Question.args, **options: Question.kwargs) -> Answer:
+        # Of a server that ends, each connection of the pool may have to be tried to be known for dead.
+        for _ in range(CONNECTIONS):
+            with suppress(*_INTERRUPTIONS):
+                return await ask(*arguments, **options)
+        return await ask(*arguments, **options)
+
+    return persist
 
 
 class Views:
@@ -99,6 +126,7 @@ class Views:
         rows = await self._fetch(sql.newer_results, list(known), list(known.values()))
         return {row["poll_id"]: (row["version"], _results(row)) for row in rows}
 
+    @_persistent
     async def polls(self, state: PollState.ValueType, page_size: int, page_token: str) -> ListPollsResponse:
         """A page of polls, newest first. Raises INVALID_REQUEST for a token that no page with this state returned."""
         after = _parse_page_token(page_token, state) if page_token else _FIRST_PAGE
@@ -112,6 +140,7 @@ class Views:
                 page.next_page_token = _page_token(page.polls[-1], state)
         return page
 
+    @_persistent
     async def voter_votes(
         self, voter_key: bytes, page_size: int, page_token: str, poll_id: UUID
     ) -> tuple[int, ListVoterVotesResponse]:
@@ -133,6 +162,7 @@ class Views:
                 page.next_page_token = _votes_page_token(page.votes[-1])
         return version, page
 
+    @_persistent
     async def turnout(self, request: GetTurnoutRequest) -> tuple[int, GetTurnoutResponse | None]:
         """How many voted when, with the poll's version; 0 and None if there is no such poll."""
         # All of it as of one moment.
@@ -161,6 +191,7 @@ class Views:
         rows = await self._fetch(sql.statuses)
         return {row["read_model"]: row["status"] for row in rows}
 
+    @_persistent
     async def _fetch(self, query: str, *arguments: object) -> list[Any]:
         async with self._connection() as connection:
             rows: list[Any] = await connection.fetch(query, *arguments)
@@ -178,6 +209,8 @@ class Views:
         except (asyncpg.InvalidCatalogNameError, asyncpg.UndefinedTableError) as error:
             # It was wiped, and is not made anew yet.
             raise ConnectionError("the read database has no tables") from error
+        except asyncpg.TransactionRollbackError as error:
+            raise ConnectionResetError("a standby ended the question, which was in the way of its replay") from error
 
 
 class _Place(NamedTuple):

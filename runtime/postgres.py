@@ -6,12 +6,13 @@ from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import asyncpg
 import structlog
 
 from runtime.lifecycle import Backoff
+from runtime.replicas import connect_primary, connect_reader
 
 log = structlog.get_logger()
 
@@ -50,7 +51,10 @@ def queries(package: str, name: str = "queries.sql") -> SimpleNamespace:
 async def connect_pool(
     dsn: str, *, size: int, application: str, read_only: bool = False, schema: str = "public"
 ) -> asyncpg.Pool:
-    """A pool of up to `size` connections that is made even while the server is away; statements take 30 s at most."""
+    """A pool of up to `size` connections that is made even while the server is away; statements take 30 s at most.
+
+    Of several servers in the DSN it uses the primary, or if `read_only` the standbys where there are some.
+    """
     settings = {
         "application_name": application,
         "search_path": schema,
@@ -67,6 +71,7 @@ async def connect_pool(
         timeout=5,
         command_timeout=30,
         server_settings=settings,
+        connect=connect_reader if read_only else connect_primary,
         # Nothing here changes a session, so there is nothing to reset when a connection goes back: one round trip less.
         reset=_keep,
     )
@@ -101,9 +106,7 @@ async def migrate(dsn: str, folder: Traversable, schema: str = "public") -> list
 
     The schema is made where it is missing. Safe to run from several processes at once, and again after a crash.
     """
-    connection: asyncpg.Connection[Any] = await asyncpg.connect(
-        dsn, timeout=10, server_settings={"search_path": schema}
-    )
+    connection = await connect_primary(dsn, timeout=10, server_settings={"search_path": schema})
     try:
         await connection.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK)
         if not await connection.fetchval("SELECT to_regnamespace($1)", schema):
