@@ -132,10 +132,10 @@ async def commit(dsn: str, seconds: float) -> Calls:
     times: list[float] = []
     try:
         await connection.execute("CREATE TABLE committed (LIKE votes INCLUDING ALL)")
-        insert = await connection.prepare("INSERT INTO committed VALUES (1, 1, $1, $2)")
+        insert = await connection.prepare("INSERT INTO committed VALUES (1, $1, $2)")
         until = time.perf_counter() + seconds
         while (started := time.perf_counter()) < until:
-            await insert.fetch(b"\0\0", uuid4())
+            await insert.fetch(uuid4(), b"\0\0")
             times.append((time.perf_counter() - started) * 1e3)
         await connection.execute("DROP TABLE committed")
     finally:

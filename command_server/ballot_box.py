@@ -8,14 +8,14 @@ locked, to check that it is open and to take the next version for the event.
 import asyncio
 import secrets
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import chain
 from typing import NamedTuple
 
 import asyncpg
 import structlog
-from asyncpg.pgproto.pgproto import UUID as KeyUUID  # noqa: N811
+from asyncpg.pgproto.pgproto import UUID
 from google.protobuf.timestamp_pb2 import Timestamp
 from prometheus_client import Counter as Count
 from prometheus_client import Gauge, Histogram
@@ -37,9 +37,9 @@ sql = queries(__package__)
 COMMITTERS = 3
 # Ballots of one poll wait for its commit under way to end, unless there are so many that a further one is worth its
 # cost. Fewer, larger commits are cheaper for everybody.
-OVERLAP_BALLOTS = 1000
+OVERLAP_BALLOTS = 10_000
 # The most ballots of one commit, and their most bytes: its event must fit a message of the bus.
-BATCH_BALLOTS = 20_000
+BATCH_BALLOTS = 30_000
 BATCH_BYTES = 1 << 20
 # Up to so many ballots go in one round trip instead of four, by a function of the database.
 SMALL_BATCH = 200
@@ -156,6 +156,8 @@ class BallotBox:
         self._ready: asyncio.Queue[_Queue] = asyncio.Queue()
         # Connections that worked last time; at most one for each committer.
         self._idle: list[asyncpg.Connection] = []
+        # By poll_no: polls with a queue whose latest batch held voters who had voted before. So may the next.
+        self._repeating: set[int] = set()
         self._ballots = 0
         self._room = asyncio.Condition()
 
@@ -232,6 +234,7 @@ class BallotBox:
     def _forget_if_idle(self, queue: _Queue) -> None:
         if not (queue.submissions or queue.committing or queue.paced):
             del self._queues[queue.poll.poll_no, queue.poll.state]
+            self._repeating.discard(queue.poll.poll_no)
 
     def _in_time(self, submissions: Sequence[_Submission]) -> Sequence[_Submission]:
         """Those that somebody still waits for; the others are given up, unrecorded."""
@@ -269,7 +272,7 @@ class BallotBox:
         turns: list[list[int]] = []
         votes = Counter[bytes]()
         for index, ballot in enumerate(batch):
-            key = ballots.voter_key(ballot)
+            key = ballots.voter(ballot)
             if votes[key] == len(turns):
                 turns.append([])
             turns[votes[key]].append(index)
@@ -285,7 +288,7 @@ class BallotBox:
         one finds out, because its rows would carry this batch_id."""
         batch_id = secrets.randbits(63)
         backoff = Backoff(longest=0.5)
-        all_new = not poll.has_roll
+        all_new = not (poll.has_roll or poll.poll_no in self._repeating)
         async with asyncio.timeout(PATIENCE_SECONDS):
             while True:
                 try:
@@ -301,6 +304,7 @@ class BallotBox:
                     if error.constraint_name != "votes_pkey":
                         raise
                     _duplicates.inc()
+                    self._repeating.add(poll.poll_no)
                     all_new = False
                 except (*UNAVAILABLE, asyncpg.DeadlockDetectedError) as error:
                     _failures.inc()
@@ -342,7 +346,7 @@ class BallotBox:
         batch = sorted(batch)
         payload = Event(votes_cast=ballots.votes_cast(batch_id, batch, weights)).SerializeToString()
         if len(batch) <= SMALL_BATCH:
-            columns = _columns(batch)
+            columns = _columns(poll, batch)
             row = await connection.fetchrow(sql.record_votes, batch_id, poll.poll_no, *columns, payload)
         else:
             async with connection.transaction():
@@ -366,26 +370,36 @@ class BallotBox:
         Who has voted is read first, but only to leave them out: the key still decides, and where another batch is
         faster this one fails and is tried again.
         """
-        first = {ballots.voter_key(ballot): ballot for ballot in reversed(batch)}
+        voters = [ballots.voter(ballot) for ballot in batch]
+        # Of several ballots of one voter the first one counts.
+        first = dict(zip(reversed(voters), reversed(batch), strict=True))
         standing = await self._standing(connection, poll, batch_id, first)
+        if not standing and len(first) == len(batch):
+            self._repeating.discard(poll.poll_no)
         weights = await self._weights(connection, poll, first) if poll.has_roll else None
-        new = [ballot for key, ballot in first.items() if key not in standing and (weights is None or key in weights)]
-        if new:
-            recorded = await self._record_new(connection, poll, batch_id, new, weights)
-            standing.update((ballots.voter_key(b), _Standing(ballots.choices(b), recorded)) for b in new)
-        return _judge(batch, standing, not_eligible())
+        eligible = first if weights is None else weights
+        new = {voter: ballot for voter, ballot in first.items() if voter not in standing and voter in eligible}
+        recorded = await self._record_new(connection, poll, batch_id, list(new.values()), weights) if new else None
+        # Nearly all ballots of a batch are the first of a new voter. Only the others are judged one by one.
+        rest = [index for index, voter in enumerate(voters) if new.pop(voter, None) is None]
+        if recorded:
+            repeated = {voters[index] for index in rest} - standing.keys()
+            again = recorded._replace(already=True)
+            standing |= {v: _Standing(ballots.choices(first[v]), again) for v in repeated if v in eligible}
+        judged = _judge([batch[index] for index in rest], standing, not_eligible())
+        return Verdicts(recorded, {index: judged.of(place) for place, index in enumerate(rest)})
 
     async def _replace_some(
         self, connection: asyncpg.Connection, poll: Poll, batch_id: int, batch: Sequence[bytes]
     ) -> Verdicts:
         """The way of a batch, without repeated voters, in which votes may take the place of earlier ones."""
-        mine = {ballots.voter_key(ballot): ballot for ballot in batch}
+        mine = {ballots.voter(ballot): ballot for ballot in batch}
         weights = await self._weights(connection, poll, mine) if poll.has_roll else None
         candidates = sorted(batch if weights is None else [mine[key] for key in weights])
         standing: dict[bytes, _Standing] = {}
         async with connection.transaction():
-            rows = await connection.fetch(sql.replace_votes, batch_id, poll.poll_no, *_columns(candidates))
-            written = {row["voter_key"].bytes: row["replaced"] for row in rows}
+            rows = await connection.fetch(sql.replace_votes, batch_id, *_columns(poll, candidates))
+            written = {ballots.voter_of(row["ballot_key"]): row["replaced"] for row in rows}
             if written:
                 replaced = {key: choices for key, choices in written.items() if choices is not None}
                 votes = ballots.votes_cast(batch_id, sorted(mine[key] for key in written), weights, replaced)
@@ -404,23 +418,24 @@ class BallotBox:
     ) -> Verdicts:
         """The way of a batch for a poll that is not open: only repeats of recorded votes are not refused."""
         state = await connection.fetchval(sql.poll_state, poll.poll_no)
-        standing = await self._standing(connection, poll, batch_id, {ballots.voter_key(ballot) for ballot in batch})
+        standing = await self._standing(connection, poll, batch_id, {ballots.voter(ballot) for ballot in batch})
         return _judge(batch, standing, not_open(poll.state if state == OPEN else state))
 
-    async def _weights(self, connection: asyncpg.Connection, poll: Poll, keys: Collection[bytes]) -> dict[bytes, int]:
+    async def _weights(self, connection: asyncpg.Connection, poll: Poll, voters: Iterable[bytes]) -> dict[bytes, int]:
         """The weights of those voters who are on the roll. They stay: nobody is ever taken off a roll."""
-        rows = await connection.fetch(sql.find_weights, poll.poll_no, [KeyUUID(key) for key in keys])
-        return {row["voter_key"].bytes: row["weight"] for row in rows}
+        rows = await connection.fetch(sql.find_weights, _keys(poll, voters))
+        return {ballots.voter_of(row["ballot_key"]): row["weight"] for row in rows}
 
     async def _standing(
-        self, connection: asyncpg.Connection, poll: Poll, batch_id: int, keys: Collection[bytes]
+        self, connection: asyncpg.Connection, poll: Poll, batch_id: int, voters: Iterable[bytes]
     ) -> "dict[bytes, _Standing]":
         """The recorded votes of these voters; those that carry `batch_id` are not `already` recorded."""
-        rows = await connection.fetch(sql.find_votes, poll.poll_no, [KeyUUID(key) for key in keys])
-        return {
-            row["voter_key"].bytes: _Standing(row["choices"], _recorded(row, already=row["batch_id"] != batch_id))
-            for row in rows
-        }
+        rows = await connection.fetch(sql.find_votes, _keys(poll, voters))
+        standing = {}
+        for row in rows:
+            recorded = _recorded(row, already=row["batch_id"] != batch_id)
+            standing[ballots.voter_of(row["ballot_key"])] = _Standing(row["choices"], recorded)
+        return standing
 
 
 class _Standing(NamedTuple):
@@ -435,7 +450,7 @@ def _judge(batch: Sequence[bytes], standing: "dict[bytes, _Standing]", without: 
     others: dict[int, Verdict] = {}
     recorded: Recorded | None = None
     for index, ballot in enumerate(batch):
-        key = ballots.voter_key(ballot)
+        key = ballots.voter(ballot)
         vote = standing.get(key)
         if vote is None:
             others[index] = without
@@ -456,9 +471,13 @@ def _recorded(row: asyncpg.Record, *, already: bool = False) -> Recorded:
     return Recorded(row["version"], moment, already)
 
 
-def _columns(batch: Sequence[bytes]) -> tuple[list[KeyUUID], list[bytes]]:
-    """voter_key and choices of each ballot, as arrays for a statement."""
-    return [KeyUUID(ballots.voter_key(ballot)) for ballot in batch], [ballots.choices(ballot) for ballot in batch]
+def _columns(poll: Poll, batch: Sequence[bytes]) -> tuple[list[UUID], list[bytes]]:
+    """ballot_key and choices of each ballot, as arrays for a statement."""
+    return _keys(poll, map(ballots.voter, batch)), [ballots.choices(ballot) for ballot in batch]
+
+
+def _keys(poll: Poll, voters: Iterable[bytes]) -> list[UUID]:
+    return [ballots.ballot_key(poll.poll_no, voter) for voter in voters]
 
 
 def _count(votes: int) -> None:

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import structlog
+from asyncpg.pgproto.pgproto import UUID
 from tally.event.v1.event_pb2 import CountChange, VotesCast
 
 from contracts.voters import KEY_BYTES, PERSON, VoterKeys
@@ -33,7 +34,11 @@ _CHOICE_BYTES = 2
 # A ballot with one choice.
 _SINGLE_BYTES = KEY_BYTES + _LENGTH_BYTES + _CHOICE_BYTES
 
-COPY_COLUMNS = ("poll_no", "batch_id", "voter_key", "choices")
+# What a row's key has of the voter's, behind the poll's number: the chance that two of a billion voters are the same is
+# about 10^-11. A longer key, or two columns, would cost a quarter more: docs/adr/0008.
+_ROW_KEY_BYTES = 12
+
+COPY_COLUMNS = ("batch_id", "ballot_key", "choices")
 _COPY_HEADER = b"PGCOPY\n\xff\r\n\x00" + bytes(8)
 _COPY_TRAILER = b"\xff\xff"
 
@@ -44,9 +49,26 @@ def marking(option_numbers: Sequence[int]) -> bytes:
     return len(choices).to_bytes(_LENGTH_BYTES) + choices
 
 
-def voter_key(ballot: bytes) -> bytes:
-    """Who voted."""
-    return ballot[:KEY_BYTES]
+def voter(ballot: bytes) -> bytes:
+    """Who voted, as far as the keys of the rows tell voters apart."""
+    return ballot[:_ROW_KEY_BYTES]
+
+
+def ballot_key(poll_no: int, voter_key: bytes) -> UUID:
+    """The key of a voter's row in a poll, in the tables votes and roll; `voter` is enough of a voter key."""
+    return UUID(poll_no.to_bytes(4) + voter_key[:_ROW_KEY_BYTES])
+
+
+def voter_of(ballot_key: UUID) -> bytes:
+    """The `voter` in the key of a row."""
+    key: bytes = ballot_key.bytes
+    return key[-_ROW_KEY_BYTES:]
+
+
+def key_range(poll_no: int) -> tuple[UUID, UUID]:
+    """All keys of a poll's rows are above the first and not above the second of these."""
+    bits = 8 * _ROW_KEY_BYTES
+    return UUID(((poll_no << bits) - 1).to_bytes(16)), UUID((((poll_no + 1) << bits) - 1).to_bytes(16))
 
 
 def choices(ballot: bytes) -> bytes:
@@ -91,15 +113,29 @@ class Reader:
 
 def copy_rows(poll_no: int, batch_id: int, ballots: Sequence[bytes]) -> bytes:
     """The ballots as rows of the table votes (COPY_COLUMNS), in Postgres' binary COPY format."""
-    row = b"".join(
+    before = b"".join(
         (
             len(COPY_COLUMNS).to_bytes(2),
-            (4).to_bytes(4) + poll_no.to_bytes(4),
             (8).to_bytes(4) + batch_id.to_bytes(8),
-            KEY_BYTES.to_bytes(4),
+            (4 + _ROW_KEY_BYTES).to_bytes(4) + poll_no.to_bytes(4),
         )
     )
-    return b"".join((_COPY_HEADER, row, row.join(ballots), _COPY_TRAILER))
+    columns = b"".join(ballots)
+    rows: Sequence[bytes | bytearray]
+    if len(columns) == _SINGLE_BYTES * len(ballots):
+        rows = [_single_choice_rows(before, columns, len(ballots))]
+    else:
+        rows = [before + ballot[:_ROW_KEY_BYTES] + ballot[KEY_BYTES:] for ballot in ballots]
+    return b"".join((_COPY_HEADER, *rows, _COPY_TRAILER))
+
+
+def _single_choice_rows(before: bytes, columns: bytes, votes: int) -> bytearray:
+    size = len(before) + _SINGLE_BYTES - KEY_BYTES + _ROW_KEY_BYTES
+    rows = bytearray(before.ljust(size, b"\0") * votes)
+    kept = [*range(_ROW_KEY_BYTES), *range(KEY_BYTES, _SINGLE_BYTES)]
+    for place, source in enumerate(kept, len(before)):
+        rows[place::size] = columns[source::_SINGLE_BYTES]
+    return rows
 
 
 def votes_cast(
@@ -110,17 +146,19 @@ def votes_cast(
 ) -> VotesCast:
     """The ballots as the event that tells of them.
 
-    `weights` is voter key → weight where votes are weighted; `replaced` is voter key → choices of the vote whose place
-    this one takes.
+    `weights` is `voter` → weight where votes are weighted; `replaced` is `voter` → choices of the vote whose place this
+    one takes.
     """
     columns = b"".join(ballots)
     if len(columns) == _SINGLE_BYTES * len(ballots) and weights is None and not replaced:
         return _single_choices(batch_id, columns, len(ballots))
-    event = VotesCast(batch_id=batch_id, voter_keys=b"".join(map(voter_key, ballots)), replaced=len(replaced or ()))
+    event = VotesCast(
+        batch_id=batch_id, voter_keys=b"".join(ballot[:KEY_BYTES] for ballot in ballots), replaced=len(replaced or ())
+    )
     counts = Counter[int]()
     several = False
     for ballot in ballots:
-        key, numbers = voter_key(ballot), option_numbers(choices(ballot))
+        key, numbers = voter(ballot), option_numbers(choices(ballot))
         weight = 1 if weights is None else weights[key]
         several |= len(numbers) > 1
         event.option_numbers.extend(numbers)
@@ -131,7 +169,7 @@ def votes_cast(
     if not several:
         event.ClearField("choices")
     if weights is not None:
-        event.weights.extend(weights[voter_key(ballot)] for ballot in ballots)
+        event.weights.extend(weights[voter(ballot)] for ballot in ballots)
     event.count_changes.extend(
         CountChange(option_number=number, change=change) for number, change in sorted(counts.items())
     )

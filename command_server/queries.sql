@@ -39,7 +39,7 @@ WITH poll AS (
 )
 SELECT version FROM poll
 
--- find_poll: what taking votes needs to know of a poll
+-- find_poll: what taking votes, and registering voters, needs to know of a poll
 SELECT poll_no, state, spec FROM polls WHERE poll_id = $1
 
 -- poll_state: why a poll takes no votes
@@ -52,27 +52,25 @@ SELECT version, recorded_at FROM record_votes($1, $2, $3, $4, $5)
 SELECT version, recorded_at FROM log_votes($1, $2, $3)
 
 -- find_weights: those of these voters that are on the roll
-SELECT voter_key, weight FROM roll WHERE poll_no = $1 AND voter_key = ANY ($2::uuid[])
+SELECT ballot_key, weight FROM roll WHERE ballot_key = ANY ($1::uuid[])
 
 -- replace_votes: the votes of a batch that are new or chose otherwise than the voter's vote before, with that one's
 -- choices; sorted by key, so that two batches with the same voters wait for each other in one order and never deadlock
-INSERT INTO votes (batch_id, poll_no, choices, voter_key)
-SELECT $1, $2, choices, voter_key FROM unnest($3::uuid[], $4::bytea[]) AS vote (voter_key, choices)
-ON CONFLICT (poll_no, voter_key) DO UPDATE SET choices = excluded.choices, batch_id = excluded.batch_id
+INSERT INTO votes (batch_id, ballot_key, choices)
+SELECT $1, ballot_key, choices FROM unnest($2::uuid[], $3::bytea[]) AS vote (ballot_key, choices)
+ON CONFLICT (ballot_key) DO UPDATE SET choices = excluded.choices, batch_id = excluded.batch_id
 WHERE votes.choices <> excluded.choices
-RETURNING voter_key, old.choices AS replaced
+RETURNING ballot_key, old.choices AS replaced
 
 -- find_votes: what these voters chose, and which event counts it
-SELECT vote.voter_key, vote.choices, vote.batch_id, event.version, event.recorded_at
+SELECT vote.ballot_key, vote.choices, vote.batch_id, event.version, event.recorded_at
 FROM votes AS vote
 JOIN events AS event USING (batch_id)
-WHERE vote.poll_no = $1 AND vote.voter_key = ANY ($2::uuid[])
+WHERE vote.ballot_key = ANY ($1::uuid[])
 
 -- register_voters: those voters who are not on the roll yet; sorted by key, so that two batches never deadlock
-INSERT INTO roll (poll_no, weight, voter_key)
-SELECT poll_no, weight, voter_key
-FROM polls, unnest($2::integer[], $3::uuid[]) AS voter (weight, voter_key)
-WHERE poll_id = $1
+INSERT INTO roll (weight, ballot_key)
+SELECT weight, ballot_key FROM unnest($1::integer[], $2::uuid[]) AS voter (weight, ballot_key)
 ON CONFLICT DO NOTHING
 RETURNING weight
 
@@ -95,13 +93,14 @@ SELECT poll_id, poll_no, spec FROM recounts JOIN polls USING (poll_no) ORDER BY 
 -- end_recount: a recount has its outcome
 DELETE FROM recounts WHERE poll_no = $1
 
--- recount_votes: a page of a poll's votes, added up: one row for each different set of choices, and the page's last voter
+-- recount_votes: a page of the votes between two keys, added up: one row for each different set of choices, and the page's
+-- last key
 WITH page AS (
-    SELECT voter_key, choices FROM votes WHERE poll_no = $1 AND voter_key > $2 ORDER BY voter_key LIMIT $3
+    SELECT ballot_key, choices FROM votes WHERE ballot_key > $1 AND ballot_key <= $2 ORDER BY ballot_key LIMIT $3
 )
 SELECT choices, count(*) AS votes, sum(coalesce(weight, 1)) AS weight,
-    (SELECT voter_key FROM page ORDER BY voter_key DESC LIMIT 1) AS last_voter
-FROM page LEFT JOIN roll ON roll.poll_no = $1 AND roll.voter_key = page.voter_key
+    (SELECT ballot_key FROM page ORDER BY ballot_key DESC LIMIT 1) AS last_key
+FROM page LEFT JOIN roll USING (ballot_key)
 GROUP BY choices
 
 -- read_events: a page of a poll's log

@@ -2,12 +2,11 @@
 
 from collections import Counter
 from typing import Any
-from uuid import UUID
 
 import asyncpg
 from tally.event.v1.event_pb2 import Event, Recount
 
-from command_server.ballots import option_numbers
+from command_server.ballots import key_range, option_numbers
 from contracts.counting import added_votes, count_changes
 from runtime.postgres import queries
 
@@ -16,18 +15,18 @@ sql = queries(__package__)
 # Read by pages, so that no statement is long and memory does not depend on the size of the poll.
 _VOTES_OF_A_PAGE = 200_000
 _BYTES_OF_A_PAGE = 4 << 20
-_NO_VOTER = UUID(int=0)
 
 
 async def recount_votes(pool: "asyncpg.Pool[Any]", poll_no: int, options: int) -> Recount:
     """Counts the votes of a closed poll from the votes themselves, each with its voter's weight."""
-    counts, total, last_voter = Counter[int](), 0, _NO_VOTER
-    while page := await pool.fetch(sql.recount_votes, poll_no, last_voter, _VOTES_OF_A_PAGE):
+    counts, total = Counter[int](), 0
+    first, last = key_range(poll_no)
+    while page := await pool.fetch(sql.recount_votes, first, last, _VOTES_OF_A_PAGE):
         for row in page:
             total += row["votes"]
             for number in option_numbers(row["choices"]):
                 counts[number] += int(row["weight"])
-        last_voter = page[0]["last_voter"]
+        first = page[0]["last_key"]
     return Recount(counts=[counts[number] for number in range(options)], total_votes=total)
 
 

@@ -6,10 +6,11 @@ from typing import NamedTuple
 from uuid import UUID
 
 import asyncpg
-from asyncpg.pgproto.pgproto import UUID as KeyUUID  # noqa: N811
 
+from command_server.ballots import ballot_key
 from command_server.poll import register_voters
 from command_server.poll_log import append, lock
+from contracts.refusals import poll_not_found
 from runtime.postgres import POOL_SECONDS, queries
 
 sql = queries(__package__)
@@ -38,8 +39,11 @@ class Roll:
             self._pool.acquire(timeout=POOL_SECONDS) as connection,
             connection.transaction(),
         ):
+            poll = await connection.fetchrow(sql.find_poll, poll_id)
+            if poll is None:
+                raise poll_not_found(poll_id)
             rows = await connection.fetch(
-                sql.register_voters, poll_id, [weights[key] for key in keys], [KeyUUID(key) for key in keys]
+                sql.register_voters, [weights[key] for key in keys], [ballot_key(poll["poll_no"], key) for key in keys]
             )
             locked = await lock(connection, poll_id)
             # Also where nothing was added: the decision says whether this poll has a roll, and takes voters now.

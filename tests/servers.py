@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import grpc
+from asyncpg.pgproto.pgproto import UUID
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from grpc_status import rpc_status
 from tally.command.v1.command_service_pb2_grpc import CommandServiceStub
 
 from command_server.__main__ import CommandSettings
 from command_server.__main__ import serve as serve_commands
+from command_server.ballots import key_range
 from query_server.__main__ import QuerySettings
 from query_server.__main__ import serve as serve_queries
 
@@ -74,6 +76,13 @@ async def sql(dsn: str, query: str, *arguments: object) -> list[asyncpg.Record]:
         return list(await connection.fetch(query, *arguments))
     finally:
         await connection.close()
+
+
+async def vote_rows(write_dsn: str, poll_no: int) -> dict[UUID, bytes]:
+    """The rows of a poll in the table votes: ballot_key → choices."""
+    query = "SELECT ballot_key, choices FROM votes WHERE ballot_key > $1 AND ballot_key <= $2"
+    rows = await sql(write_dsn, query, *key_range(poll_no))
+    return {row["ballot_key"]: row["choices"] for row in rows}
 
 
 class Refused:

@@ -39,6 +39,7 @@ from typer.testing import CliRunner
 
 from clients.cli import app
 from clients.failures import Failure
+from command_server.ballots import key_range
 
 TALLY = str(Path(sysconfig.get_path("scripts")) / "tally")
 ELECTION = Path(__file__).parents[2] / "examples" / "minneapolis-2013-mayor.csv.gz"
@@ -398,8 +399,11 @@ async def test_a_recount_that_does_not_agree_is_told_everywhere(cli: Cli) -> Non
     await cli.commands.ClosePoll(ClosePollRequest(poll_id=poll_id))
     connection = await asyncpg.connect(cli.run_record["write_dsn"])
     try:
-        poll = "poll_no = (SELECT poll_no FROM polls WHERE poll_id = $1::text::uuid)"
-        lost = await connection.fetch(f"DELETE FROM votes WHERE {poll} AND choices = '\\x0001' RETURNING *", poll_id)
+        poll_no = await connection.fetchval("SELECT poll_no FROM polls WHERE poll_id = $1::text::uuid", poll_id)
+        poll = "ballot_key > $1 AND ballot_key <= $2"
+        lost = await connection.fetch(
+            f"DELETE FROM votes WHERE {poll} AND choices = '\\x0001' RETURNING *", *key_range(poll_no)
+        )
         assert len(lost) == 1
         outcome = await cli.run("poll", "certify", poll_id)
         assert outcome.code == 4, outcome

@@ -19,7 +19,7 @@ from tally.query.v1 import query_service_pb2 as query
 from tally.query.v1.query_service_pb2 import RESULTS_SOURCE_LIVE_CACHE, Results
 
 from contracts.live import FIRST_GENERATION, live_key
-from tests.servers import sql, views_of
+from tests.servers import sql, views_of, vote_rows
 from tests.system import System
 
 OPTIONS = ("red", "green", "blue")
@@ -74,8 +74,8 @@ async def assert_all_stores_agree(system: System, poll_id: str, token: str) -> d
     [poll] = await sql(
         system["write_dsn"], "SELECT poll_no, version FROM polls WHERE poll_id = $1::text::uuid", poll_id
     )
-    rows = await sql(system["write_dsn"], "SELECT choices FROM votes WHERE poll_no = $1", poll["poll_no"])
-    voted = Counter(OPTIONS[int.from_bytes(row["choices"])] for row in rows)
+    rows = await vote_rows(system["write_dsn"], poll["poll_no"])
+    voted = Counter(OPTIONS[int.from_bytes(choices)] for choices in rows.values())
 
     payloads = await sql(
         system["write_dsn"], "SELECT version, payload FROM events WHERE poll_no = $1 ORDER BY version", poll["poll_no"]

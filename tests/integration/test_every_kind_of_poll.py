@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import grpc
 import pytest
@@ -31,7 +31,7 @@ from contracts import freshness
 from contracts.counting import added_votes, count_changes
 from runtime.embedded import free_port
 from tests.processes import service
-from tests.servers import VOTER_SECRET, command_server, refused, sql
+from tests.servers import VOTER_SECRET, command_server, refused, sql, vote_rows
 
 if TYPE_CHECKING:
     from tally.command.v1.command_service_pb2_grpc import CommandServiceAsyncStub
@@ -98,7 +98,7 @@ def reasons(response: pb.CastVotesResponse) -> dict[int, str]:
 class Log:
     """A poll in the write database: its events, its votes, and what both come to."""
 
-    def __init__(self, state: str, events: list[Event], votes: dict[bytes, tuple[int, ...]]) -> None:
+    def __init__(self, state: str, events: list[Event], votes: dict[UUID, tuple[int, ...]]) -> None:
         self.state = state
         self.events = events
         self.changes = [event.WhichOneof("change") for event in events]
@@ -123,8 +123,7 @@ async def read(dsn: str, poll_id: str) -> Log:
         poll["version"],
     )
     assert [event["version"] for event in events] == list(range(1, poll["version"] + 1))
-    votes = await sql(dsn, "SELECT voter_key, choices FROM votes WHERE poll_no = $1", number)
-    chosen = {row["voter_key"].bytes: option_numbers(row["choices"]) for row in votes}
+    chosen = {key: option_numbers(choices) for key, choices in (await vote_rows(dsn, number)).items()}
     return Log(poll["state"], [Event.FromString(event["payload"]) for event in events], chosen)
 
 
@@ -414,10 +413,10 @@ class TestCertification:
     @pytest.mark.parametrize(
         "damage",
         [
-            "DELETE FROM votes WHERE voter_key = (SELECT voter_key FROM votes LIMIT 1)",
+            "DELETE FROM votes WHERE ballot_key = (SELECT ballot_key FROM votes LIMIT 1)",
             "UPDATE votes SET choices = '\\x0003'"
-            " WHERE voter_key = (SELECT voter_key FROM votes WHERE choices = '\\x0000' LIMIT 1)",
-            "INSERT INTO votes SELECT batch_id, poll_no, choices, gen_random_uuid() FROM votes LIMIT 1",
+            " WHERE ballot_key = (SELECT ballot_key FROM votes WHERE choices = '\\x0000' LIMIT 1)",
+            "INSERT INTO votes SELECT batch_id, '00000001-0000-0000-0000-000000000000', choices FROM votes LIMIT 1",
         ],
     )
     async def test_votes_that_the_log_does_not_tell_of_are_found(

@@ -23,16 +23,34 @@ def test_the_event_tells_each_voters_choice(options: int) -> None:
 
 def test_a_ballot_reads_as_it_was_written() -> None:
     ballot = b"k" * 16 + ballots.marking([999])
-    assert ballots.voter_key(ballot) == b"k" * 16
+    assert ballots.voter(ballot) == b"k" * 12
+    assert ballots.voter_of(ballots.ballot_key(7, ballots.voter(ballot))) == ballots.voter(ballot)
     assert ballots.option_numbers(ballots.choices(ballot)) == (999,)
 
 
 def test_rows_are_postgres_binary_copy() -> None:
     data = ballots.copy_rows(3, 4, [b"a" * 16 + ballots.marking([5]), b"b" * 16 + ballots.marking([6])])
-    row = struct.Struct(">hiiiqi16sih")
+    row = struct.Struct(">hiqii12sih")
     rows = [row.unpack_from(data, 19 + i * row.size) for i in range(2)]
-    assert rows == [(4, 4, 3, 8, 4, 16, b"a" * 16, 2, 5), (4, 4, 3, 8, 4, 16, b"b" * 16, 2, 6)]
+    assert rows == [(3, 8, 4, 16, 3, b"a" * 12, 2, 5), (3, 8, 4, 16, 3, b"b" * 12, 2, 6)]
     assert data[19 + 2 * row.size :] == b"\xff\xff"
+    assert ballots.ballot_key(3, b"a" * 16).bytes == b"\0\0\0\3" + b"a" * 12
+
+
+def test_rows_of_several_choices_are_the_same_with_longer_ends() -> None:
+    votes = [os.urandom(16) + ballots.marking(numbers) for numbers in ([1], [0, 2], [3])]
+    row = struct.Struct(">hiqii12s")
+    data = ballots.copy_rows(3, 4, votes)
+    expected = b"".join(row.pack(3, 8, 4, 16, 3, vote[:12]) + vote[16:] for vote in votes)
+    assert data[19:-2] == expected
+
+
+@pytest.mark.parametrize("poll_no", [1, 2, 256, 2**31 - 1])
+def test_a_polls_rows_lie_between_its_keys_and_no_other_polls(poll_no: int) -> None:
+    above, last = ballots.key_range(poll_no)
+    least, greatest = (ballots.ballot_key(poll_no, byte * 16) for byte in (b"\0", b"\xff"))
+    assert above.bytes < least.bytes < greatest.bytes == last.bytes
+    assert poll_no == 2**31 - 1 or ballots.key_range(poll_no + 1)[0] == last
 
 
 def test_a_voter_key_depends_on_the_secret_and_hides_the_voter() -> None:
