@@ -11,9 +11,8 @@ import typer
 from rich.table import Table
 
 from clients.failures import Failure
-from clients.options import DEFAULT_DATA_DIR, DataDir, OutputOption
+from clients.options import DEFAULT_DATA_DIR, DataDir, NatsUrl, OutputOption, ReadDsn, RedisUrl
 from clients.output import Output, console, print_fields, print_json, say, shown
-from clients.stores import NatsUrl, ReadDsn, RedisUrl, find_store
 from contracts.dead_letters import DeadLetter
 from contracts.read_models import READ_MODELS
 
@@ -101,6 +100,7 @@ def replay(
     if bool(polls) == all_:
         raise typer.BadParameter("give the polls, or --all")
     from clients import letters  # noqa: PLC0415 - as above
+    from clients.databases import find_store  # noqa: PLC0415 - as above
 
     stores = _stores(read_dsn, redis_url, data_dir)
     nats = find_store("TALLY_NATS_URL", nats_url, data_dir)
@@ -125,7 +125,9 @@ def replay(
 
 
 def _stores(read_dsn: str | None, redis_url: str | None, data_dir: Path) -> Mapping[str, str]:
-    """Where each read model is, by name."""
+    """Where each read model is, by name. Raises Failure."""
+    from clients.databases import find_store  # noqa: PLC0415 - as above
+
     given = {"TALLY_READ_DSN": read_dsn, "TALLY_REDIS_URL": redis_url}
     return {name: find_store(variable, given[variable], data_dir) for name, variable in READ_MODELS.items()}
 

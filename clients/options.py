@@ -32,3 +32,17 @@ Fresh = Annotated[
 ]
 PollId = Annotated[str, typer.Argument(metavar="POLL", help="The poll's id, a UUID.", show_default=False)]
 RetryFor = Annotated[float, typer.Option(metavar="SECONDS", min=0, help="How long to retry a lost connection.")]
+ReadDsn = Annotated[
+    str | None,
+    typer.Option(
+        envvar="TALLY_READ_DSN", show_envvar=True, help="The read database. Default: that of the running `tally up`."
+    ),
+]
+RedisUrl = Annotated[
+    str | None,
+    typer.Option(envvar="TALLY_REDIS_URL", show_envvar=True, help="Redis. Default: that of the running `tally up`."),
+]
+NatsUrl = Annotated[
+    str | None,
+    typer.Option(envvar="TALLY_NATS_URL", show_envvar=True, help="NATS. Default: that of the running `tally up`."),
+]
