@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 import asyncpg
 
 from contracts.dead_letters import DeadLetter
-from contracts.views import CHANNEL, announcements
+from contracts.read_database import CHANNEL, announcements
 from projector.fold import Tally
 from projector.projection import Change, Displaced
 from projector.stream import Position

@@ -21,7 +21,7 @@ from tally.poll.v1.poll_pb2 import (
 from tally.query.v1.query_service_pb2 import Certification
 
 from contracts.counting import added_votes
-from contracts.views import TURNOUT_GRAIN
+from contracts.read_database import TURNOUT_GRAIN
 from contracts.voters import KEY_BYTES
 from projector.fold import Tally, outcome
 from projector.projection import Change, Displaced

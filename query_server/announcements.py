@@ -17,8 +17,8 @@ from prometheus_client import Counter, Gauge
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 
 from contracts.failures import STORE_FAILURES
+from contracts.read_database import CHANNEL, parse_announcement
 from contracts.refusals import Refusal
-from contracts.views import CHANNEL, parse_announcement
 from query_server.views import Views
 from runtime import postgres
 from runtime.lifecycle import Backoff

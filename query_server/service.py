@@ -11,8 +11,8 @@ from tally.query.v1.query_service_pb2_grpc import QueryServiceServicer
 
 from contracts.freshness import ANY_STATE, parse, token
 from contracts.live import are_hidden
+from contracts.read_database import DOCUMENTS, VIEWS
 from contracts.refusals import Refusal, invalid_request, poll_not_found, results_hidden
-from contracts.views import DOCUMENTS, VIEWS
 from contracts.voters import VoterKeys
 from query_server.announcements import Announcements
 from query_server.freshness import caught_up, patience, wanted

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from tally.query.v1.query_service_pb2 import GetTurnoutRequest, TurnoutBucket
 
+from contracts.read_database import TURNOUT_GRAIN
 from contracts.refusals import invalid_request
-from contracts.views import TURNOUT_GRAIN
 
 MAX_BUCKETS = 1_000
 # Who does not say how long a bucket is gets the first of these lengths that makes no more than so many; seconds.

@@ -30,8 +30,8 @@ from tally.query.v1.query_service_pb2 import (
 
 from contracts.freshness import token
 from contracts.live import hidden_results
+from contracts.read_database import DOCUMENTS, VIEWS
 from contracts.refusals import Refusal, invalid_request
-from contracts.views import DOCUMENTS, VIEWS
 from query_server.turnout import buckets
 from runtime.postgres import queries
 

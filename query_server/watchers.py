@@ -26,8 +26,8 @@ from tally.query.v1.query_service_pb2 import GetResultsResponse
 
 from contracts.failures import STORE_FAILURES
 from contracts.live import are_hidden, live_channel
+from contracts.read_database import VIEWS
 from contracts.refusals import Refusal, poll_not_found, results_hidden
-from contracts.views import VIEWS
 from query_server.announcements import Announcements
 from query_server.freshness import behind
 from query_server.live import FAILURES, LiveResults, version_of

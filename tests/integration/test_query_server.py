@@ -33,7 +33,7 @@ from clients.connection import Address, QueryServer
 from clients.watchers import watch as watch_results
 from contracts.freshness import token
 from contracts.live import FIRST_GENERATION, live_channel, live_key
-from contracts.views import CHANNEL, VIEWS, announcements
+from contracts.read_database import CHANNEL, VIEWS, announcements
 from contracts.voters import VoterKeys
 from projector.fold import fold
 from projector.projection import Change
