@@ -28,6 +28,9 @@ from projector import event_log as log_reader
 from projector import rebuild
 from projector.__main__ import KINDS, SETTINGS, project
 from projector.live import generation_in_use
+from projector.live_copies import LiveCopies
+from projector.projection import Displaced
+from projector.schema_copies import SchemaCopies
 from projector.stream import Position
 from query_server.__main__ import QuerySettings
 from query_server.__main__ import serve as serve_queries
@@ -335,6 +338,35 @@ async def test_who_was_overtaken_changes_nothing(stage: Stage) -> None:
                 with pytest.raises(Exception, match=r"another copy|is not as|does not exist"):
                     await attempt()
         await stage.has(name, poll)
+
+
+@pytest.mark.parametrize(("read_model", "kind"), [("live", LiveCopies), ("views", SchemaCopies)])
+async def test_what_is_counted_until_the_switch_is_in_the_fresh_copy(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, read_model: str, kind: type[LiveCopies | SchemaCopies]
+) -> None:
+    poll = await stage.log.poll()
+    freeze = kind.frozen
+
+    @asynccontextmanager
+    async def frozen(self: Any) -> AsyncIterator[None]:
+        await stage.log.cast(poll, votes=3)
+        await stage.counted(read_model, poll)
+        async with freeze(self):
+            yield
+
+    monkeypatch.setattr(kind, "frozen", frozen)
+    async with stage.running(read_model):
+        await stage.rebuild(read_model)
+        # At once: the projector does not bring it again.
+        await stage.has(read_model, poll)
+
+
+async def test_a_copy_that_was_thawed_is_not_replaced(stage: Stage) -> None:
+    async with LiveCopies.open(stage.stores["TALLY_REDIS_URL"]) as copies, copies.frozen():
+        await stage.redis.delete(frozen_key(FIRST_GENERATION))
+        with pytest.raises(Displaced, match="frozen"):
+            await copies.switch()
+    assert await generation_in_use(stage.redis) == FIRST_GENERATION
 
 
 async def test_ctrl_c_leaves_the_copy_in_use(stage: Stage) -> None:
