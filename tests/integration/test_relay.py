@@ -234,8 +234,10 @@ async def test_a_stream_that_vanishes_is_made_again_with_the_head_of_each_poll(
 
 
 async def test_what_happens_to_the_stream_is_noticed_while_nothing_else_happens(
-    log: EventLog, write_dsn: str, nats_url: str, bus: Client
+    log: EventLog, write_dsn: str, nats_url: str, bus: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Only at the beginning of a session.
+    monkeypatch.setattr(relay.repair, "TAIL_CHECK_SECONDS", 3600.0)
     polls = [await log.poll() for _ in range(3)]
     stream: JetStreamContext = bus.jetstream()
     async with relaying(write_dsn, nats_url):

@@ -179,6 +179,11 @@ async def test_reads_go_to_the_standby_and_to_the_primary_while_there_is_none(
         async with Readers(stub, poll.poll_id).running() as readers:
             await eventually(lambda: on(pair.standby, pair.primary))
             assert await pair.primary.sessions("projector views") == 2
+            for _ in range(10):
+                await pair.standby.run(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'query_server'"
+                )
+                await readers.went_on(5)
             await pair.standby.die()
             await readers.went_on()
             assert await pair.primary.sessions("query_server") > 0
