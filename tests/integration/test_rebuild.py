@@ -369,6 +369,21 @@ async def test_a_copy_that_was_thawed_is_not_replaced(stage: Stage) -> None:
     assert await generation_in_use(stage.redis) == FIRST_GENERATION
 
 
+@pytest.mark.parametrize("read_model", ["live", "views"])
+async def test_a_projector_writes_into_no_copy_but_its_own(stage: Stage, read_model: str) -> None:
+    kind, store = KINDS[read_model], stage.stores[STORES[read_model]]
+    async with kind.connect(store) as before, rebuild.copies(kind, store) as copies:
+        for model in (before, copies.fresh):
+            await model.store([], {}, None, Position(1, 1))
+        async with copies.frozen():
+            await copies.switch()
+        # The old copy is still there, and the fresh one is at the same position.
+        with pytest.raises(Displaced):
+            await before.store([], {}, Position(1, 1), Position(2, 2))
+    async with kind.connect(store) as after:
+        assert await after.position() == Position(1, 1)
+
+
 async def test_ctrl_c_leaves_the_copy_in_use(stage: Stage) -> None:
     poll = await stage.log.poll()
     async with stage.running("views"):
