@@ -37,17 +37,17 @@ sql = queries(__package__)
 COMMITTERS = 3
 # Ballots of one poll wait for its commit under way to end, unless there are so many that a further one is worth its
 # cost. Fewer, larger commits are cheaper for everybody.
-OVERLAP_BALLOTS = 10_000
+OVERLAP_BALLOTS = 30_000
 # The most ballots of one commit, and their most bytes: its event must fit a message of the bus.
-BATCH_BALLOTS = 30_000
-BATCH_BYTES = 1 << 20
+BATCH_BALLOTS = 60_000
+BATCH_BYTES = 1 << 21
 # Up to so many ballots go in one round trip instead of four, by a function of the database.
 SMALL_BATCH = 200
 # Small commits of one poll begin at least so many seconds apart. A vote that comes alone does not wait; under load this
 # makes batches of what would be single votes, and leaves the processors to the calls.
 PACE_SECONDS = 0.004
 # The most ballots that wait: about 100 bytes each.
-CAPACITY = 200_000
+CAPACITY = 400_000
 # One attempt to commit, all attempts together, and how long a ballot may wait for its commit to begin, in seconds.
 ATTEMPT_SECONDS = 10.0
 PATIENCE_SECONDS = 15.0

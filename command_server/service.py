@@ -31,7 +31,7 @@ from runtime.serving import check, checks_itself, read_message, reads_bytes
 Context = grpc.aio.ServicerContext[Any, Any]
 
 # Requests of one stream that may be under way at once; then the server stops reading.
-STREAM_IN_FLIGHT = 16
+STREAM_IN_FLIGHT = 24
 # Votes of one request: what the rules of the message allow.
 MAX_BATCH_VOTES = 20_000
 
