@@ -23,7 +23,7 @@ BENCHMARKS = {
     "comparison": comparison.run,
     "watching": watching.run,
 }
-NORMAL = Effort(rounds=5, votes=400_000, seconds=2.0, big_poll=2_000_000, watchers=10_000)
+NORMAL = Effort(rounds=5, votes=1_000_000, seconds=2.0, big_poll=2_000_000, watchers=10_000)
 QUICK = Effort(rounds=1, votes=20_000, seconds=0.3, big_poll=40_000, watchers=500)
 
 

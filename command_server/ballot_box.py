@@ -43,8 +43,10 @@ BATCH_BALLOTS = 60_000
 BATCH_BYTES = 1 << 21
 # Up to so many ballots go in one round trip instead of four, by a function of the database.
 SMALL_BATCH = 200
-# Small commits of one poll begin at least so many seconds apart. A vote that comes alone does not wait; under load this
-# makes batches of what would be single votes, and leaves the processors to the calls.
+# After a small commit the next one of its poll begins so many seconds later for each of its ballots, up to a limit. While
+# fewer than 2,500 votes a second come, no vote waits longer for that than for the commit under way; above that, the pauses
+# grow to the limit, which makes batches of what would be a few votes each, and leaves the processors to the calls.
+PACE_SECONDS_PER_BALLOT = 0.0004
 PACE_SECONDS = 0.004
 # The most ballots that wait: about 100 bytes each.
 CAPACITY = 400_000
@@ -112,7 +114,7 @@ class _Queue:
         # How many commits of this poll are under way, and whether it waits for a committer.
         self.committing = 0
         self.offered = False
-        # Whether the latest commit began less than PACE_SECONDS ago.
+        # Whether the pause after the latest commit is still to end.
         self.paced = False
 
     @property
@@ -212,7 +214,9 @@ class BallotBox:
             queue.committing += 1
             if not queue.paced:
                 queue.paced = True
-                asyncio.get_running_loop().call_later(PACE_SECONDS, self._end_pace, queue)
+                taken = sum(len(submission.ballots) for submission in submissions)
+                pause = min(PACE_SECONDS_PER_BALLOT * taken, PACE_SECONDS)
+                asyncio.get_running_loop().call_later(pause, self._end_pace, queue)
             self._offer(queue)
             _waiting.set(self._ballots)
             try:
