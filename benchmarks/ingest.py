@@ -20,6 +20,8 @@ from command_server import ballots
 LOAD = "benchmarks.load"
 BATCH_VOTES = 5000
 _CHUNK_BYTES = 1 << 18
+# What a poll grows by while the cost of a vote is measured: a poll that had more would not be new any more.
+_SLICE_VOTES = 400_000
 
 
 async def open_poll(address: str) -> str:
@@ -111,7 +113,7 @@ async def _cost(stage: Stage, server: Server, load: dict[str, object], accepted:
 
 async def grow(stage: Stage, effort: Effort) -> list[Figure]:
     """What a vote costs in a poll that has had millions of them, against one that is new, in turns."""
-    slice_votes = min(effort.votes, effort.big_poll)
+    slice_votes = min(effort.votes, _SLICE_VOTES, effort.big_poll)
     async with stage.server("command_server") as server:
         await stage.clear()
         big = await open_poll(server.address)

@@ -43,9 +43,9 @@ BATCH_BALLOTS = 60_000
 BATCH_BYTES = 1 << 21
 # Up to so many ballots go in one round trip instead of four, by a function of the database.
 SMALL_BATCH = 200
-# After a small commit the next one of its poll begins so many seconds later for each of its ballots, up to a limit. While
-# fewer than 2,500 votes a second come, no vote waits longer for that than for the commit under way; above that, the pauses
-# grow to the limit, which makes batches of what would be a few votes each, and leaves the processors to the calls.
+# After a small commit the next one of its poll begins so many seconds later for each of its ballots, up to a limit.
+# While fewer than 2,500 votes a second come, no vote waits longer for that than for the commit under way; above that,
+# the pauses grow to the limit: larger batches, and more of the processors for the calls.
 PACE_SECONDS_PER_BALLOT = 0.0004
 PACE_SECONDS = 0.004
 # The most ballots that wait: about 100 bytes each.
