@@ -144,11 +144,12 @@ async def test_two_hundred_voters_each_voting_five_times_at_once_count_once(syst
 
     assert accepted == 200
     assert all(len(same) == 1 for same in receipts.values())
+    token = await close_poll(system, poll_id)
     for voter, [receipt] in ((voter, list(same)) for voter, same in receipts.items()):
-        request = query.GetVoteRequest(poll_id=poll_id, voter_id=voter)
+        request = query.GetVoteRequest(poll_id=poll_id, voter_id=voter, at_least_as_fresh=token)
         read = await patiently(lambda request=request: system.query.GetVote(request))
         assert read.receipt.SerializeToString().hex() == receipt
-    agreed = await assert_all_stores_agree(system, poll_id, await close_poll(system, poll_id))
+    agreed = await assert_all_stores_agree(system, poll_id, token)
     assert sum(agreed.values()) == 200
 
 
