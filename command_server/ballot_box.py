@@ -137,7 +137,7 @@ class _Queue:
         while self.submissions:
             following = self.submissions[0].ballots
             ballots += len(following)
-            size += len(following) * len(following[0])
+            size += sum(map(len, following))
             if taken and (ballots > BATCH_BALLOTS or size > BATCH_BYTES):
                 break
             taken.append(self.submissions.popleft())
