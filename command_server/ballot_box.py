@@ -1,6 +1,6 @@
 """The ballot box: collects ballots, and commits those of one poll together with their event.
 
-Group commit without timers: ballots that arrive while commits are under way form the next batch. A batch is one
+Group commit: ballots that arrive while commits are under way form the next batch. A batch is one
 transaction: the votes go in first, by COPY, without any lock but that of their own keys; only then is the poll's row
 locked, to check that it is open and to take the next version for the event.
 """
@@ -48,7 +48,7 @@ SMALL_BATCH = 200
 # the pauses grow to the limit: larger batches, and more of the processors for the calls.
 PACE_SECONDS_PER_BALLOT = 0.0004
 PACE_SECONDS = 0.004
-# The most ballots that wait: about 100 bytes each.
+# The most ballots that wait: about 100 bytes each, and two more for each choice of an approval.
 CAPACITY = 400_000
 # One attempt to commit, all attempts together, and how long a ballot may wait for its commit to begin, in seconds.
 ATTEMPT_SECONDS = 10.0
@@ -307,7 +307,6 @@ class BallotBox:
                 except asyncpg.UniqueViolationError as error:
                     if error.constraint_name != "votes_pkey":
                         raise
-                    _duplicates.inc()
                     self._repeating.add(poll.poll_no)
                     all_new = False
                 except (*UNAVAILABLE, asyncpg.DeadlockDetectedError) as error:
@@ -351,7 +350,7 @@ class BallotBox:
         payload = Event(votes_cast=ballots.votes_cast(batch_id, batch, weights)).SerializeToString()
         if len(batch) <= SMALL_BATCH:
             columns = _columns(poll, batch)
-            row = await connection.fetchrow(sql.record_votes, batch_id, poll.poll_no, *columns, payload)
+            row = await connection.fetchrow(sql.record_votes, poll.poll_no, batch_id, *columns, payload)
         else:
             async with connection.transaction():
                 await connection.copy_to_table(
@@ -378,7 +377,9 @@ class BallotBox:
         # Of several ballots of one voter the first one counts.
         first = dict(zip(reversed(voters), reversed(batch), strict=True))
         standing = await self._standing(connection, poll, batch_id, first)
-        if not standing and len(first) == len(batch):
+        if standing or len(first) < len(batch):
+            _duplicates.inc()
+        else:
             self._repeating.discard(poll.poll_no)
         weights = await self._weights(connection, poll, first) if poll.has_roll else None
         eligible = first if weights is None else weights

@@ -36,9 +36,10 @@ DROP FUNCTION record_votes(bigint, integer, uuid[], bytea[], bytea);
 
 -- Records the votes of a small batch, all of voters without a vote, with their event: what the command server does for a
 -- large batch by COPY, in one round trip. Fails as a whole with unique_violation where a voter has voted, and with the
--- SQLSTATE of log_votes where the poll takes no votes.
+-- SQLSTATE of log_votes where the poll takes no votes. The order of the arguments is another one than before: a command
+-- server of the version before, which would give the keys of voters for the keys of rows, does not find this function.
 CREATE FUNCTION record_votes(
-    batch_of bigint, poll integer, ballot_keys uuid[], choices_of bytea[], event bytea,
+    poll integer, batch_of bigint, ballot_keys uuid[], choices_of bytea[], event bytea,
     OUT version bigint, OUT recorded_at timestamptz
 ) LANGUAGE plpgsql AS $$
 BEGIN
