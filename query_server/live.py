@@ -31,6 +31,8 @@ PATIENCE = 0.5
 # How long Redis is left alone after a failure: while it is dead, one call a second waits for it, not every call.
 _PAUSE = 1.0
 _CONNECTIONS = 32
+# Polls in one round trip.
+_BATCH = 500
 
 _failures = Counter("tally_query_redis_failures", "Questions that Redis did not answer.")
 _fallbacks = Counter("tally_query_fallbacks", "Results that were read from the read database instead of Redis.")
@@ -62,6 +64,17 @@ def version_of(results: bytes) -> int:
     return GetResultsResponse.FromString(results).results.version
 
 
+class _Question:
+    """The polls that are asked for next, and what Redis has of them."""
+
+    def __init__(self) -> None:
+        self.polls: dict[UUID, None] = {}
+        self.asked = asyncio.Event()
+        self.answer: asyncio.Future[dict[UUID, bytes]] = asyncio.get_running_loop().create_future()
+        # Where all who asked have gone away, nobody hears of a failure.
+        self.answer.add_done_callback(lambda answer: answer.cancelled() or answer.exception())
+
+
 class LiveResults:
     """Results as the serialized GetResultsResponse that the projector made, not parsed on their way to the caller."""
 
@@ -70,6 +83,26 @@ class LiveResults:
         self._results = redis.register_script((files(__package__) / "live.lua").read_text())
         self._views = views
         self._left_alone_until = 0.0
+        self._next = _Question()
+
+    async def run(self) -> None:
+        """Asks Redis, one question after the other, until it is cancelled. Whoever wants to know something while a
+        question is under way shares the next one: under load one round trip answers many calls, and each of them
+        sees what Redis had after it came."""
+        while True:
+            await self._next.asked.wait()
+            question, self._next = self._next, _Question()
+            polls = list(question.polls)
+            try:
+                found: dict[UUID, bytes] = {}
+                for start in range(0, len(polls), _BATCH):
+                    found |= await self._read(polls[start : start + _BATCH])
+                question.answer.set_result(found)
+            except Exception as error:  # noqa: BLE001 - whoever asked hears of it
+                question.answer.set_exception(error)
+            finally:
+                # Nobody waits for ever, whatever ended this.
+                question.answer.cancel()
 
     async def find(self, poll_id: UUID) -> bytes | None:
         """The newest results at hand, None if there is no such poll; STORE_FAILURES if neither store answers."""
@@ -88,7 +121,15 @@ class LiveResults:
         return found
 
     async def counters(self, poll_ids: Sequence[UUID]) -> dict[UUID, bytes]:
-        """The results that Redis has, in one round trip. Raises one of FAILURES."""
+        """The results that Redis has; `run` must be running. Raises one of FAILURES."""
+        question = self._next
+        question.polls.update(dict.fromkeys(poll_ids))
+        question.asked.set()
+        # Shielded: a caller that goes away does not take the others' answer with it.
+        found = await asyncio.shield(question.answer)
+        return {poll_id: found[poll_id] for poll_id in poll_ids if poll_id in found}
+
+    async def _read(self, poll_ids: Sequence[UUID]) -> dict[UUID, bytes]:
         answer = await self._ask(lambda: self._results(keys=[GENERATION_KEY], args=list(map(str, poll_ids))))
         return {poll_id: results for poll_id, results in zip(poll_ids, answer, strict=True) if results}
 

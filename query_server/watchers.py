@@ -255,7 +255,7 @@ class Watchers:
         finally:
             self._leave(watcher)
 
-    def current(self, poll_id: UUID) -> bytes | None:
+    def current(self, poll_id: UUID | str) -> bytes | None:
         """The results of a watched poll, as fresh as those in Redis, because Redis tells of every change; else None."""
         topic = self._topics.get(live_channel(poll_id).encode())
         return topic.results if topic and topic.live else None
