@@ -31,6 +31,10 @@ PATIENCE = 0.5
 # How long Redis is left alone after a failure: while it is dead, one call a second waits for it, not every call.
 _PAUSE = 1.0
 _CONNECTIONS = 32
+# After a question the next one waits so long for each call that it answered, up to a limit; seconds. A call that comes
+# alone hardly waits; under load this makes one round trip, and one burst of answers, of what would be many.
+_PAUSE_PER_CALL = 0.0004
+_LONGEST_PAUSE = 0.004
 # Polls in one round trip.
 _BATCH = 500
 
@@ -69,6 +73,8 @@ class _Question:
 
     def __init__(self) -> None:
         self.polls: dict[UUID, None] = {}
+        # How many wait for the answer.
+        self.calls = 0
         self.asked = asyncio.Event()
         self.answer: asyncio.Future[dict[UUID, bytes]] = asyncio.get_running_loop().create_future()
         # Where all who asked have gone away, nobody hears of a failure.
@@ -103,6 +109,7 @@ class LiveResults:
             finally:
                 # Nobody waits for ever, whatever ended this.
                 question.answer.cancel()
+            await asyncio.sleep(min(_PAUSE_PER_CALL * question.calls, _LONGEST_PAUSE))
 
     async def find(self, poll_id: UUID) -> bytes | None:
         """The newest results at hand, None if there is no such poll; STORE_FAILURES if neither store answers."""
@@ -124,6 +131,7 @@ class LiveResults:
         """The results that Redis has; `run` must be running. Raises one of FAILURES."""
         question = self._next
         question.polls.update(dict.fromkeys(poll_ids))
+        question.calls += 1
         question.asked.set()
         # Shielded: a caller that goes away does not take the others' answer with it.
         found = await asyncio.shield(question.answer)
