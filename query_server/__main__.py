@@ -65,7 +65,7 @@ async def serve(settings: QuerySettings, stop: asyncio.Event, ready: Callable[[i
     serving.add_service(server, add_QueryServiceServicer_to_server, service, status_of)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(watchers.run(stop))
-        loops = (results.run(), announcements.run(), spread_readers(pool))
+        loops = (results.run(), announcements.run(), spread_readers(pool), status.measure())
         beside = [tasks.create_task(loop) for loop in loops]
         await serving.serve(server, settings.query_listen, [SERVICE], stop, ready)
         for task in beside:

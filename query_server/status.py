@@ -2,9 +2,12 @@
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from math import nan
 
+import structlog
 from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
+from prometheus_client import Gauge
 from tally.query.v1.query_service_pb2 import (
     READ_MODEL_STATE_READING,
     READ_MODEL_STATE_SILENT,
@@ -16,15 +19,45 @@ from tally.query.v1.query_service_pb2 import (
 )
 
 from contracts.failures import STORE_FAILURES
+from contracts.read_models import READ_MODELS
 from contracts.status import age, is_fresh, now
 from query_server.live import FAILURES, LiveResults
 from query_server.views import Views
 
+log = structlog.get_logger()
+
 LIVE = "live"
-# The read models in the read database; where others have reported, they are told of too.
-STORED = ("views",)
+
+# How often the metrics are renewed; seconds.
+_MEASURE_SECONDS = 2.0
 
 _Report = GetReadModelStatusResponse
+
+_reading = Gauge(
+    "tally_status_reading", "1 while the projector reads the stream; NaN: the store does not answer.", ["read_model"]
+)
+# By the field of ReadModelStatus.
+_figures = {
+    field: Gauge(f"tally_status_{field}", f"{meaning}; NaN while unknown.", ["read_model"])
+    for field, meaning in {
+        "version": "The last message of the stream that the read model contains",
+        "events_behind": "Events that the read model lacks, in the outbox and in the stream",
+        "seconds_behind": "Age of the latest state that the read model is known to contain",
+        "parked_polls": "Polls that stand still because of an event that cannot be applied",
+        "gapped_polls": "Polls that wait for a missing event",
+    }.items()
+}
+_outbox_events = Gauge("tally_status_outbox_events", "Events in the outbox, of all shards; NaN while unknown.")
+_outbox_oldest = Gauge("tally_status_outbox_oldest_seconds", "Age of the first waiting event; NaN while unknown.")
+# By the field of StreamStatus.
+_stream_figures = {
+    field: Gauge(f"tally_status_stream_{field}", f"{meaning}; NaN while unknown.")
+    for field, meaning in {
+        "messages": "Messages that the stream has",
+        "last_sequence": "The last message of the stream",
+        "consumers": "Who reads the stream now",
+    }.items()
+}
 
 
 class Status:
@@ -39,6 +72,17 @@ class Status:
         live, stored = await asyncio.gather(self._live_report(), self._stored_reports())
         return merged({LIVE: live} | stored, now())
 
+    async def measure(self) -> None:
+        """Keeps the metrics up to date, for ever."""
+        while True:
+            try:
+                _measure(await self.read())
+            except Exception:
+                # Figures that nobody can renew must not pass for true, and are no reason to stop serving.
+                log.exception("defect")
+                _measure(merged(dict.fromkeys(READ_MODELS), now()))
+            await asyncio.sleep(_MEASURE_SECONDS)
+
     async def _live_report(self) -> _Report | None:
         try:
             return _parsed(await self._live.status())
@@ -46,11 +90,12 @@ class Status:
             return None
 
     async def _stored_reports(self) -> dict[str, _Report | None]:
+        stored = [name for name in READ_MODELS if name != LIVE]
         try:
             reports = await self._views.statuses()
         except STORE_FAILURES:
-            return dict.fromkeys(STORED)
-        return {name: _parsed(reports.get(name)) for name in (*STORED, *sorted(reports.keys() - {*STORED}))}
+            return dict.fromkeys(stored)
+        return {name: _parsed(reports.get(name)) for name in stored}
 
 
 def merged(reports: Mapping[str, _Report | None], at: Timestamp) -> GetReadModelStatusResponse:
@@ -95,6 +140,24 @@ def _status(report: _Report, stream: StreamStatus | None, outbox: list[OutboxSta
     else:
         status.seconds_behind = max(status.seconds_behind + silent_seconds, waiting_seconds)
     return status
+
+
+def _measure(answer: GetReadModelStatusResponse) -> None:
+    for model in answer.read_models:
+        unavailable = model.state == READ_MODEL_STATE_UNAVAILABLE
+        _reading.labels(model.name).set(nan if unavailable else model.state == READ_MODEL_STATE_READING)
+        known = {field.name: value for field, value in model.ListFields()}
+        for field, gauge in _figures.items():
+            gauge.labels(model.name).set(known.get(field, nan))
+    outbox, at = list(answer.outbox), answer.answered_at
+    for gauge, figure in (
+        (_outbox_events, _events_in_outbox(outbox, at)),
+        (_outbox_oldest, _seconds_in_outbox(outbox, at)),
+    ):
+        gauge.set(nan if figure is None else figure)
+    seen = is_fresh(answer.stream.reported_at, at)
+    for field, gauge in _stream_figures.items():
+        gauge.set(getattr(answer.stream, field) if seen else nan)
 
 
 def _behind_in_stream(

@@ -25,7 +25,9 @@ from tally.query.v1.query_service_pb2 import (
 from tally.query.v1.query_service_pb2_grpc import QueryServiceStub
 
 from contracts import status
+from contracts.read_models import READ_MODELS
 from projector.__main__ import ReadDatabaseSettings, RedisSettings, project
+from projector.documents import Documents
 from projector.live import Live
 from projector.views import Views
 from query_server.__main__ import QuerySettings
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from tally.query.v1.query_service_pb2_grpc import QueryServiceAsyncStub
 
 TALLY = str(Path(sysconfig.get_path("scripts")) / "tally")
+# Those of a read model, which are absent while they are unknown.
+FIGURES = ("version", "events_behind", "seconds_behind", "parked_polls", "gapped_polls")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("TALLY_")}
 
 
@@ -94,11 +98,12 @@ async def asking(settings: dict[str, str]) -> AsyncIterator[Asked]:
 
 @asynccontextmanager
 async def running(settings: dict[str, str], *services: str) -> AsyncIterator[None]:
-    """Some of relay, live and views, in this process."""
+    """Some of relay, live, views and documents, in this process."""
     runners: dict[str, Any] = {
         "relay": lambda stop: relay(RelaySettings(**settings), stop),  # type: ignore[arg-type]
         "live": lambda stop: project(Live, RedisSettings(**settings), stop),  # type: ignore[arg-type]
         "views": lambda stop: project(Views, ReadDatabaseSettings(**settings), stop),  # type: ignore[arg-type]
+        "documents": lambda stop: project(Documents, ReadDatabaseSettings(**settings), stop),  # type: ignore[arg-type]
     }
     stop = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
@@ -116,18 +121,18 @@ async def test_all_is_well_once_everything_is_applied(settings: dict[str, str], 
     poll = await log.poll()
     for _ in range(10):
         await log.cast(poll)
-    async with asking(settings) as asked, running(settings, "relay", "live", "views"):
+    async with asking(settings) as asked, running(settings, "relay", *READ_MODELS):
 
         async def well() -> None:
             answer = await asked.status()
-            assert [model.name for model in answer.read_models] == ["live", "views"]
+            assert [model.name for model in answer.read_models] == [*READ_MODELS]
             for model in answer.read_models:
                 assert model.state == READ_MODEL_STATE_READING
                 assert (model.version, model.parked_polls, model.gapped_polls) == (12, 0, 0)
                 assert model.HasField("events_behind")
                 assert model.HasField("seconds_behind")
                 assert (model.events_behind, model.seconds_behind) == (0, 0.0)
-            assert (answer.stream.messages, answer.stream.last_sequence, answer.stream.consumers) == (12, 12, 2)
+            assert (answer.stream.messages, answer.stream.last_sequence, answer.stream.consumers) == (12, 12, 3)
             assert [shard.events for shard in answer.outbox] == [0]
 
         await eventually(well)
@@ -135,7 +140,16 @@ async def test_all_is_well_once_everything_is_applied(settings: dict[str, str], 
         assert (code, json.loads(printed)["troubles"]) == (0, [])
         code, printed = await asked.tally()
         assert (code, "all is well" in printed) == (0, True)
-    for name in ("live", "views"):
+
+        async def measured() -> None:
+            for name in READ_MODELS:
+                assert [metric(f"tally_status_{field}", read_model=name) for field in FIGURES] == [12, 0, 0, 0, 0]
+                assert metric("tally_status_reading", read_model=name) == 1
+            assert metric("tally_status_outbox_events") == metric("tally_status_outbox_oldest_seconds") == 0
+            assert metric("tally_status_stream_messages") == 12
+
+        await eventually(measured)
+    for name in READ_MODELS:
         assert metric("tally_projector_stream_sequence", read_model=name) == 12
         assert metric("tally_projector_pending_messages", read_model=name) == 0
         assert metric("tally_projector_seconds_behind", read_model=name) == 0
@@ -144,16 +158,25 @@ async def test_all_is_well_once_everything_is_applied(settings: dict[str, str], 
 async def test_what_nobody_reports_is_unknown_and_never_0(settings: dict[str, str]) -> None:
     async with asking(settings) as asked:
         answer = await asked.status()
-        assert [model.state for model in answer.read_models] == [READ_MODEL_STATE_SILENT] * 2
+        assert [model.state for model in answer.read_models] == [READ_MODEL_STATE_SILENT] * 3
         assert not answer.HasField("stream")
         assert not answer.outbox
+
+        async def measured() -> None:
+            for name in READ_MODELS:
+                figures = [metric(f"tally_status_{field}", read_model=name) for field in FIGURES]
+                assert all(figure is not None and math.isnan(figure) for figure in figures)
+                assert metric("tally_status_reading", read_model=name) == 0
+            assert math.isnan(metric("tally_status_outbox_events") or 0)
+            assert math.isnan(metric("tally_status_stream_messages") or 0)
+
+        await eventually(measured)
         code, printed = await asked.tally("--output", "json")
     assert code == 3
     data = json.loads(printed)
     assert [data["well"], data["outbox"]] == [False, []]
     for model in data["read_models"]:
-        unknown = ("version", "events_behind", "seconds_behind", "parked_polls", "gapped_polls")
-        assert [model[field] for field in unknown] == [None] * 5
+        assert [model[field] for field in FIGURES] == [None] * 5
 
 
 async def test_while_nats_is_away_the_backlog_is_measured_and_the_projectors_say_why_they_wait(
@@ -161,11 +184,11 @@ async def test_while_nats_is_away_the_backlog_is_measured_and_the_projectors_say
 ) -> None:
     monkeypatch.setattr(status, "SILENCE_SECONDS", 1.5)
     poll = await log.poll()
-    async with asking(settings) as asked, running(settings, "relay", "live", "views"):
+    async with asking(settings) as asked, running(settings, "relay", *READ_MODELS):
 
         async def well() -> None:
             answer = await asked.status()
-            assert [model.events_behind for model in answer.read_models if model.HasField("events_behind")] == [0, 0]
+            assert [model.events_behind for model in answer.read_models if model.HasField("events_behind")] == [0, 0, 0]
 
         await eventually(well)
         stores.nats_process.kill()
@@ -196,21 +219,24 @@ async def test_a_store_that_is_away_is_told_from_one_that_is_empty(
     settings: dict[str, str], log: EventLog, stores: Stores
 ) -> None:
     await log.poll()
-    async with asking(settings) as asked, running(settings, "relay", "live", "views"):
+    async with asking(settings) as asked, running(settings, "relay", *READ_MODELS):
 
-        async def told_by_views() -> None:
-            live, views = (await asked.status()).read_models
-            assert (views.state, views.version, views.events_behind) == (READ_MODEL_STATE_READING, 2, 0)
+        async def told_by_the_others() -> None:
+            live, *stored = (await asked.status()).read_models
+            for model in stored:
+                assert (model.state, model.version, model.events_behind) == (READ_MODEL_STATE_READING, 2, 0)
             assert live.state == READ_MODEL_STATE_UNAVAILABLE
             assert not live.HasField("version")
+            assert math.isnan(metric("tally_status_reading", read_model="live") or 0)
+            assert metric("tally_status_version", read_model="documents") == 2
 
         stores.redis_process.kill()
         await stores.redis_process.ended()
-        await eventually(told_by_views)
+        await eventually(told_by_the_others)
         await stores.redis_process.start()
 
-        async def told_by_both() -> None:
+        async def told_by_all() -> None:
             states = [model.state for model in (await asked.status()).read_models]
-            assert states == [READ_MODEL_STATE_READING] * 2
+            assert states == [READ_MODEL_STATE_READING] * 3
 
-        await eventually(told_by_both)
+        await eventually(told_by_all)
