@@ -29,7 +29,7 @@ from contracts.live import (
     position_key,
 )
 from projector.fold import Tally
-from projector.projection import Change, Displaced
+from projector.projection import Change, Displaced, Replaced
 from projector.stream import Position
 
 SECONDS = 5.0
@@ -61,7 +61,7 @@ class Live:
         async with asyncio.timeout(SECONDS):
             current, value = await self._redis.mget(self._named_by, position_key(self.generation))
         if _generation(current) != self.generation:
-            raise Displaced("another copy is in use now")
+            raise Replaced("another copy is in use now")
         return Position(*map(int, value.split())) if value else None
 
     async def load(self, poll_ids: Sequence[str]) -> dict[str, Tally]:
@@ -101,7 +101,9 @@ class Live:
         async with asyncio.timeout(SECONDS):
             unexpected = await self._store(keys=keys, args=arguments)
         if unexpected:
-            raise Displaced(f"{unexpected.decode()} is not as this process left it")
+            key = unexpected.decode()
+            displaced = Replaced if key in (self._named_by, frozen_key(copy)) else Displaced
+            raise displaced(f"{key} is not as this process left it")
 
     async def report(self, status: bytes) -> None:
         async with asyncio.timeout(SECONDS):

@@ -80,6 +80,10 @@ class Displaced(Exception):  # noqa: N818 - says what happened to the read model
     """The read model is not as this process left it: it was wiped, restored, or another process writes it too."""
 
 
+class Replaced(Displaced):
+    """A rebuild puts another copy of the read model in the place of this one: the next session writes that one."""
+
+
 class ReadModel(Protocol):
     """Where results are stored for readers."""
 
@@ -110,7 +114,7 @@ class ReadModel(Protocol):
     ) -> None:
         """Applies changes, keeps the dead letters of polls (None: drops it), and moves the position, all or nothing.
         Raises Displaced, and then nothing is stored, where the position is not `old` or a poll is not at the version
-        before its change."""
+        before its change; Replaced where this is not the copy to write any more."""
 
     async def report(self, status: bytes) -> None:
         """Keeps what its projector says of itself, for readers: a GetReadModelStatusResponse."""
@@ -157,6 +161,8 @@ class Projection:
                     session = _StreamSession(model, bus, self._progress, self._begun)
                     await session.run(stop, retry=not self._retried)
                     looking.cancel()
+            except* Replaced:
+                log.info("the read model is replaced by another copy")
             except* expected as failures:
                 if time.monotonic() - started > _GOOD_SESSION_SECONDS:
                     backoff.reset()

@@ -9,7 +9,7 @@ import asyncpg
 from contracts.dead_letters import DeadLetter
 from contracts.read_database import CHANNEL, announcements
 from projector.fold import Tally
-from projector.projection import Change, Displaced
+from projector.projection import Change, Displaced, Replaced
 from projector.stream import Position
 from runtime import postgres
 from runtime.replicas import connect_primary
@@ -59,6 +59,8 @@ class Schema:
 
     async def position(self) -> Position | None:
         row = await self._connection.fetchrow(sql.position, self._copy)
+        if not row:
+            await self._require_copy()
         return Position(*row) if row else None
 
     async def load(self, poll_ids: Sequence[str]) -> dict[str, Tally]:
@@ -83,6 +85,7 @@ class Schema:
             else:
                 moved = await self._connection.execute(sql.move, *old, *new, self._copy)
             if moved not in ("INSERT 0 1", "UPDATE 1"):
+                await self._require_copy()
                 raise Displaced("the position is not the one that was stored")
             await self._apply(changes)
             if changes and self._in_use:
@@ -96,6 +99,10 @@ class Schema:
 
     async def report(self, status: bytes) -> None:
         await self._connection.execute(sql.report, self.name, status)
+
+    async def _require_copy(self) -> None:
+        if await self._connection.fetchval(sql.copy) != self._copy:
+            raise Replaced("another copy is in use now")
 
     async def _apply(self, changes: Sequence[Change]) -> None:
         """Applies changes, within a transaction. Raises Displaced where a poll is not at the version before its own."""
