@@ -1013,6 +1013,28 @@ async def test_stuck_readers_cost_no_memory(read_dsn: str, redis_url: str, model
         assert psutil.Process(pid).memory_info().rss - before < 100e6
 
 
+async def test_calls_that_come_meanwhile_share_a_question_to_redis(
+    server: QueryServiceAsyncStub, redis_url: str, models: ReadModels
+) -> None:
+    poll_ids = [await models.poll() for _ in range(3)]
+    asked = [pb.GetResultsRequest(poll_id=str(poll_id)) for poll_id in poll_ids] * 100
+
+    async def answers(request: pb.GetResultsRequest) -> bool:
+        return (await server.GetResults(request)).results.poll_id == request.poll_id
+
+    async with redis.asyncio.Redis.from_url(redis_url) as client:
+        await client.config_resetstat()
+        # Callers that go away take nobody's answer with them.
+        leaving = [asyncio.ensure_future(answers(request)) for request in asked[:30]]
+        staying = [asyncio.ensure_future(answers(request)) for request in asked]
+        await asyncio.sleep(0)
+        for call in leaving:
+            call.cancel()
+        assert all(await asyncio.gather(*staying))
+        statistics = await client.info("commandstats")
+    assert 1 <= statistics["cmdstat_evalsha"]["calls"] < 100
+
+
 async def test_ten_thousand_cancelled_streams_leave_nothing_behind(
     read_dsn: str, redis_url: str, models: ReadModels, tmp_path: Path
 ) -> None:
