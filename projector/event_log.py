@@ -1,5 +1,6 @@
 """The event log in the write database, for whoever reads it whole: what the stream has lost is here."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple
@@ -19,6 +20,8 @@ _PAGE_POLLS = 500
 _CHUNK_EVENTS = 1000
 _CHUNK_BYTES = 8 << 20
 _LOCKS = 0x72_62_6C_64
+_LEAD_ATTEMPTS = 10
+_LEAD_PAUSE = 0.1
 
 _SESSION = {
     "application_name": "rebuild",
@@ -50,8 +53,12 @@ class EventLog:
 
     async def lead(self, read_model: str) -> bool:
         """Whether this is the only process that rebuilds the read model, until the connection is closed."""
-        leads: bool = await self._connection.fetchval(sql.lead, _LOCKS, read_model)
-        return leads
+        # The server may need a moment to notice that one has ended.
+        for _ in range(_LEAD_ATTEMPTS):
+            if await self._connection.fetchval(sql.lead, _LOCKS, read_model):
+                return True
+            await asyncio.sleep(_LEAD_PAUSE)
+        return False
 
     async def size(self) -> tuple[int, int]:
         """How many polls there are, and how many events."""
