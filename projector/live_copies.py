@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any, Self
-from uuid import UUID
 
 import structlog
 from redis.asyncio import Redis
@@ -14,7 +13,7 @@ from redis.exceptions import RedisError
 
 from contracts.live import FRESH_GENERATION_KEY, GENERATION_KEY, frozen_key, live_key
 from projector.live import SECONDS, Live, client, generation_in_use
-from projector.projection import Displaced
+from projector.projection import Displaced, is_poll_id
 
 log = structlog.get_logger()
 
@@ -51,7 +50,7 @@ class LiveCopies:
     async def ahead(self) -> AsyncIterator[dict[str, int]]:
         copy = self.in_use.generation
         async for keys in self._keys(live_key(copy, "*")):
-            poll_ids = [poll_id for key in keys if _is_uuid(poll_id := key.rpartition(":")[2])]
+            poll_ids = [poll_id for key in keys if is_poll_id(poll_id := key.rpartition(":")[2])]
             async with self._redis.pipeline(transaction=False) as pipeline:
                 for poll_id in poll_ids:
                     pipeline.hget(live_key(copy, poll_id), "version")
@@ -109,10 +108,3 @@ class LiveCopies:
 
 def _text(value: Any) -> str:
     return value.decode() if value else ""
-
-
-def _is_uuid(text: str) -> bool:
-    try:
-        return str(UUID(text)) == text
-    except ValueError:
-        return False

@@ -247,7 +247,7 @@ class Session:
         received: dict[str, list[_Received]] = {}
         for message in messages:
             poll_id = message.subject.rpartition(".")[2]
-            event = _event(message, poll_id) if poll_id in received or _is_uuid(poll_id) else None
+            event = _event(message, poll_id) if poll_id in received or is_poll_id(poll_id) else None
             if event is None:
                 _strays.labels(self._model.name).inc()
                 log.warning("stray message", subject=message.subject, sequence=message.position.sequence)
@@ -477,7 +477,8 @@ def _event_type(message: Message, poll_id: str) -> str:
     return event.WhichOneof("change") or ", ".join(f"field {number}" for number in numbers) or "nothing"
 
 
-def _is_uuid(text: str) -> bool:
+def is_poll_id(text: str) -> bool:
+    """Whether this is a poll's id as Tally writes it."""
     try:
         return str(UUID(text)) == text
     except ValueError:
