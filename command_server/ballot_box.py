@@ -7,10 +7,12 @@ locked, to check that it is open and to take the next version for the event.
 
 import asyncio
 import secrets
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from itertools import chain
+from random import Random
 from typing import NamedTuple
 
 import asyncpg
@@ -23,6 +25,7 @@ from tally.event.v1.event_pb2 import Event
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 
 from command_server import ballots
+from command_server.ballot_queue import SMALL_BATCH, BallotQueue, Piece, Recorded, Submission, Verdict, Verdicts
 from command_server.poll import CLOSED, OPEN, already_voted, not_eligible, not_open
 from command_server.polls import Poll, Polls
 from contracts.refusals import Refusal
@@ -35,14 +38,6 @@ sql = queries(__package__)
 
 # Commits under way at once: while one waits for the disk, the next one copies its rows.
 COMMITTERS = 3
-# Ballots of one poll wait for its commit under way to end, unless there are so many that a further one is worth its
-# cost. Fewer, larger commits are cheaper for everybody.
-OVERLAP_BALLOTS = 30_000
-# The most ballots of one commit, and their most bytes: its event must fit a message of the bus.
-BATCH_BALLOTS = 60_000
-BATCH_BYTES = 1 << 21
-# Up to so many ballots go in one round trip instead of four, by a function of the database.
-SMALL_BATCH = 200
 # After a small commit the next one of its poll begins so many seconds later for each of its ballots, up to a limit.
 # While fewer than 2,500 votes a second come, no vote waits longer for that than for the commit under way; above that,
 # the pauses grow to the limit: larger batches, and more of the processors for the calls.
@@ -65,84 +60,7 @@ _duplicates = Count("tally_commit_duplicates", "Batches that held a voter who ha
 
 # SQLSTATE of log_votes where the poll takes no votes.
 _NOT_OPEN = "TA001"
-
-
-class Recorded(NamedTuple):
-    """A vote that counts: the event that counts it, and whether an earlier call had recorded it."""
-
-    version: int
-    recorded_at: Timestamp
-    already: bool
-
-
-Verdict = Recorded | Refusal
-
-
-class Verdicts(NamedTuple):
-    """What became of some ballots: `recorded` of all but those in `others`, by index."""
-
-    recorded: Recorded | None
-    others: Mapping[int, Verdict]
-
-    def part(self, start: int, length: int) -> "Verdicts":
-        """What became of the ballots from `start` on."""
-        if not self.others:
-            return self
-        return Verdicts(self.recorded, {i: self.others[start + i] for i in range(length) if start + i in self.others})
-
-    def of(self, index: int) -> Verdict:
-        """What became of one ballot."""
-        verdict = self.others.get(index, self.recorded)
-        assert verdict is not None, "a ballot without a verdict"
-        return verdict
-
-
-class _Submission(NamedTuple):
-    ballots: Sequence[bytes]
-    verdicts: "asyncio.Future[Verdicts]"
-    # When it came, by the loop's clock.
-    since: float
-
-
-class _Queue:
-    """The ballots of one poll that wait for a commit."""
-
-    def __init__(self, poll: Poll) -> None:
-        self.poll = poll
-        self.submissions: deque[_Submission] = deque()
-        self.ballots = 0
-        # How many commits of this poll are under way, and whether it waits for a committer.
-        self.committing = 0
-        self.offered = False
-        # Whether the pause after the latest commit is still to end.
-        self.paced = False
-
-    @property
-    def due(self) -> bool:
-        """Whether another commit should begin."""
-        if self.offered or not self.submissions or (self.paced and self.ballots < SMALL_BATCH):
-            return False
-        # Where a later vote replaces an earlier one, commits keep the order in which the votes came.
-        overlap = self.ballots >= OVERLAP_BALLOTS and not self.poll.spec.allow_vote_change
-        return self.committing == 0 or overlap
-
-    def put(self, submission: _Submission) -> None:
-        self.submissions.append(submission)
-        self.ballots += len(submission.ballots)
-
-    def take(self) -> list[_Submission]:
-        """The submissions of the next commit."""
-        taken: list[_Submission] = []
-        ballots = size = 0
-        while self.submissions:
-            following = self.submissions[0].ballots
-            ballots += len(following)
-            size += sum(map(len, following))
-            if taken and (ballots > BATCH_BALLOTS or size > BATCH_BYTES):
-                break
-            taken.append(self.submissions.popleft())
-        self.ballots -= sum(len(submission.ballots) for submission in taken)
-        return taken
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class BallotBox:
@@ -153,15 +71,18 @@ class BallotBox:
         self._polls = polls
         # Polls with ballots that wait, or a commit under way; by poll_no and the state in which the poll was found. A
         # ballot for a draft must not wait together with one for the poll once it is open: its options were others.
-        self._queues: dict[tuple[int, str], _Queue] = {}
+        self._queues: dict[tuple[int, str], BallotQueue] = {}
         # Those that are due, each once, in the order in which they are served.
-        self._ready: asyncio.Queue[_Queue] = asyncio.Queue()
+        self._ready: asyncio.Queue[BallotQueue] = asyncio.Queue()
         # Connections that worked last time; at most one for each committer.
         self._idle: list[asyncpg.Connection] = []
         # By poll_no: polls with a queue whose latest batch held voters who had voted before. So may the next.
         self._repeating: set[int] = set()
+        # Ballots that wait or are being committed, and the event that there are fewer than before.
         self._ballots = 0
-        self._room = asyncio.Condition()
+        self._fewer = asyncio.Event()
+        # Chance from the system, without a system call for each commit.
+        self._random = Random(secrets.token_bytes(32))
 
     async def run(self) -> None:
         """Commits until it is cancelled."""
@@ -171,8 +92,8 @@ class BallotBox:
 
     async def drain(self) -> None:
         """Returns when no ballot waits any more."""
-        async with self._room:
-            await self._room.wait_for(lambda: self._ballots == 0)
+        while self._ballots:
+            await self._until_fewer()
 
     def cast(self, poll: Poll, ballot: bytes) -> "asyncio.Future[Verdicts]":
         """Accepts one ballot, and returns the future that says what became of it. Raises OVERLOADED where the queue is
@@ -183,76 +104,72 @@ class BallotBox:
 
     async def cast_all(self, poll: Poll, batch: Sequence[bytes]) -> "asyncio.Future[Verdicts]":
         """Waits for room, accepts the ballots, and returns the future that says what became of them."""
-        if self._ballots >= CAPACITY:
-            async with self._room:
-                await self._room.wait_for(lambda: self._ballots < CAPACITY)
+        while self._ballots >= CAPACITY:
+            await self._until_fewer()
         return self._submit(poll, batch)
+
+    async def _until_fewer(self) -> None:
+        self._fewer.clear()
+        await self._fewer.wait()
 
     def _submit(self, poll: Poll, batch: Sequence[bytes]) -> "asyncio.Future[Verdicts]":
         loop = asyncio.get_running_loop()
-        verdicts: asyncio.Future[Verdicts] = loop.create_future()
         queue = self._queues.get((poll.poll_no, poll.state))
         if queue is None:
-            queue = self._queues[poll.poll_no, poll.state] = _Queue(poll)
-        queue.put(_Submission(batch, verdicts, loop.time()))
+            queue = self._queues[poll.poll_no, poll.state] = BallotQueue(poll)
+        submission = Submission(batch, loop.time(), loop.create_future())
+        queue.put(submission)
         self._ballots += len(batch)
         self._offer(queue)
-        return verdicts
+        return submission.verdicts
 
-    def _offer(self, queue: _Queue) -> None:
+    def _offer(self, queue: BallotQueue) -> None:
         if queue.due:
             queue.offered = True
             self._ready.put_nowait(queue)
 
     async def _commit_forever(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             queue = await self._ready.get()
             # Ballots whose requests have arrived, but were not read yet, come into this batch too.
             await asyncio.sleep(0)
+            started = loop.time()
             queue.offered = False
-            submissions = queue.take()
+            pieces = queue.take()
+            taken = sum([len(piece.ballots) for piece in pieces])
             queue.committing += 1
             if not queue.paced:
                 queue.paced = True
-                taken = sum(len(submission.ballots) for submission in submissions)
                 pause = min(PACE_SECONDS_PER_BALLOT * taken, PACE_SECONDS)
-                asyncio.get_running_loop().call_later(pause, self._end_pace, queue)
+                loop.call_later(pause, self._end_pace, queue)
             self._offer(queue)
             _waiting.set(self._ballots)
             try:
-                with _commit_seconds.time():
-                    await self._commit(queue.poll, self._in_time(submissions))
+                await self._commit(queue.poll, _in_time(pieces, started))
             finally:
                 queue.committing -= 1
                 self._offer(queue)
                 self._forget_if_idle(queue)
-                async with self._room:
-                    self._ballots -= sum(len(submission.ballots) for submission in submissions)
-                    self._room.notify_all()
+                self._ballots -= taken
+                self._fewer.set()
+                _commit_seconds.observe(loop.time() - started)
 
-    def _end_pace(self, queue: _Queue) -> None:
+    def _end_pace(self, queue: BallotQueue) -> None:
         queue.paced = False
         self._offer(queue)
         self._forget_if_idle(queue)
 
-    def _forget_if_idle(self, queue: _Queue) -> None:
-        if not (queue.submissions or queue.committing or queue.paced):
+    def _forget_if_idle(self, queue: BallotQueue) -> None:
+        if queue.idle:
             del self._queues[queue.poll.poll_no, queue.poll.state]
             self._repeating.discard(queue.poll.poll_no)
 
-    def _in_time(self, submissions: Sequence[_Submission]) -> Sequence[_Submission]:
-        """Those that somebody still waits for; the others are given up, unrecorded."""
-        oldest = asyncio.get_running_loop().time() - WAIT_SECONDS
-        for submission in submissions:
-            if submission.since < oldest and not submission.verdicts.done():
-                submission.verdicts.set_exception(TimeoutError("no commit began in time"))
-        return [submission for submission in submissions if not submission.verdicts.done()]
-
-    async def _commit(self, poll: Poll, submissions: Sequence[_Submission]) -> None:
-        if not submissions:
+    async def _commit(self, poll: Poll, pieces: Sequence[Piece]) -> None:
+        if not pieces:
             return
         try:
-            batch = list(chain.from_iterable(submission.ballots for submission in submissions))
+            batch = list(chain.from_iterable([piece.ballots for piece in pieces]))
             if poll.spec.allow_vote_change:
                 verdicts = await self._record_in_turn(poll, batch)
             else:
@@ -260,16 +177,13 @@ class BallotBox:
         except Exception as error:
             if not isinstance(error, UNAVAILABLE):
                 log.error("defect", exc_info=error)
-            for submission in submissions:
-                if not submission.verdicts.done():
-                    submission.verdicts.set_exception(error)
+            for piece in pieces:
+                piece.submission.fail(error)
             return
         start = 0
-        for submission in submissions:
-            # A caller that went away has cancelled its future; its votes count all the same.
-            if not submission.verdicts.done():
-                submission.verdicts.set_result(verdicts.part(start, len(submission.ballots)))
-            start += len(submission.ballots)
+        for piece in pieces:
+            piece.submission.settle(piece, verdicts.part(start, len(piece.ballots)))
+            start += len(piece.ballots)
 
     async def _record_in_turn(self, poll: Poll, batch: Sequence[bytes]) -> Verdicts:
         """A batch in which a voter may vote several times: each of these votes gets a commit, so the log keeps it."""
@@ -290,34 +204,38 @@ class BallotBox:
     async def _record(self, poll: Poll, batch: Sequence[bytes]) -> Verdicts:
         """Tries until the batch is durable or patience ends. Whether a failed attempt took effect is unknown; the next
         one finds out, because its rows would carry this batch_id."""
-        batch_id = secrets.randbits(63)
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        batch_id = self._random.getrandbits(63)
         backoff = Backoff(longest=0.5)
         all_new = not (poll.has_roll or poll.poll_no in self._repeating)
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            while True:
-                try:
-                    async with asyncio.timeout(ATTEMPT_SECONDS), self._connection() as connection:
-                        if poll.state != OPEN:
-                            return await self._record_none(connection, poll, batch_id, batch)
-                        if all_new:
-                            return Verdicts(await self._record_new(connection, poll, batch_id, batch), {})
-                        if poll.spec.allow_vote_change:
-                            return await self._replace_some(connection, poll, batch_id, batch)
-                        return await self._record_some(connection, poll, batch_id, batch)
-                except asyncpg.UniqueViolationError as error:
-                    if error.constraint_name != "votes_pkey":
-                        raise
-                    self._repeating.add(poll.poll_no)
-                    all_new = False
-                except (*UNAVAILABLE, asyncpg.DeadlockDetectedError) as error:
-                    _failures.inc()
-                    log.warning("commit failed", error=repr(error), votes=len(batch), failures=backoff.failures + 1)
-                    await backoff.wait()
-                except asyncpg.PostgresError as error:
-                    if error.sqlstate != _NOT_OPEN:
-                        raise
-                    self._polls.forget(poll)
-                    poll = poll._replace(state=CLOSED)
+        while True:
+            try:
+                until = min(loop.time() + ATTEMPT_SECONDS, started + PATIENCE_SECONDS)
+                async with asyncio.timeout_at(until), self._connection() as connection:
+                    if poll.state != OPEN:
+                        return await self._record_none(connection, poll, batch_id, batch)
+                    if all_new:
+                        return Verdicts(await self._record_new(connection, poll, batch_id, batch), {})
+                    if poll.spec.allow_vote_change:
+                        return await self._replace_some(connection, poll, batch_id, batch)
+                    return await self._record_some(connection, poll, batch_id, batch)
+            except asyncpg.UniqueViolationError as error:
+                if error.constraint_name != "votes_pkey":
+                    raise
+                self._repeating.add(poll.poll_no)
+                all_new = False
+            except (*UNAVAILABLE, asyncpg.DeadlockDetectedError) as error:
+                _failures.inc()
+                log.warning("commit failed", error=repr(error), votes=len(batch), failures=backoff.failures + 1)
+                await backoff.wait()
+                if loop.time() > started + PATIENCE_SECONDS:
+                    raise
+            except asyncpg.PostgresError as error:
+                if error.sqlstate != _NOT_OPEN:
+                    raise
+                self._polls.forget(poll)
+                poll = poll._replace(state=CLOSED)
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[asyncpg.Connection]:
@@ -470,9 +388,18 @@ def _judge(batch: Sequence[bytes], standing: "dict[bytes, _Standing]", without: 
     return Verdicts(recorded, others)
 
 
+def _in_time(pieces: list[Piece], now: float) -> list[Piece]:
+    """Those of submissions that somebody still waits for; the others are given up, unrecorded."""
+    for piece in pieces:
+        if piece.submission.since < now - WAIT_SECONDS:
+            piece.submission.fail(TimeoutError("no commit began in time"))
+    return [piece for piece in pieces if not piece.submission.verdicts.done()]
+
+
 def _recorded(row: asyncpg.Record, *, already: bool = False) -> Recorded:
-    moment = Timestamp()
-    moment.FromDatetime(row["recorded_at"])
+    since = row["recorded_at"] - _EPOCH
+    # Timestamp.FromDatetime takes ten times as long, for each commit.
+    moment = Timestamp(seconds=86_400 * since.days + since.seconds, nanos=1000 * since.microseconds)
     return Recorded(row["version"], moment, already)
 
 

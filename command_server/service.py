@@ -10,7 +10,8 @@ from tally.command.v1 import command_service_pb2 as pb
 from tally.command.v1.command_service_pb2_grpc import CommandServiceServicer
 from tally.poll.v1.poll_pb2 import VoteReceipt
 
-from command_server.ballot_box import BallotBox, Recorded, Verdicts
+from command_server.ballot_box import BallotBox
+from command_server.ballot_queue import Recorded, Verdicts
 from command_server.ballots import Envelope, Reader
 from command_server.poll import (
     MAX_VOTER_ID_CHARACTERS,

@@ -33,7 +33,7 @@ def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
     # calls leave behind, which is hardly ever a cycle: that took a fifth of the time of a server under load.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(5_000, 20, 100)
     uvloop.run(supervised())
 
 

@@ -24,7 +24,7 @@ from tally.event.v1.event_pb2 import Event
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 from tally.poll.v1.poll_pb2 import VOTING_METHOD_SINGLE_CHOICE, PollOption, PollSpec
 
-from command_server import ballot_box, ballots, polls
+from command_server import ballot_box, ballot_queue, ballots, polls
 from contracts import freshness
 from contracts.voters import VoterKeys
 from runtime.embedded import Stores, free_port
@@ -223,6 +223,30 @@ async def test_a_batch_is_judged_vote_by_vote(
     assert all(rejection.message for rejection in response.rejections)
     assert freshness.parse(response.consistency_token).version == 4
     assert Counter((await read_log(write_dsn, poll_id)).votes.values()) == {0: 2, 1: 1}
+
+
+async def test_a_batch_that_goes_into_several_commits_gets_one_answer(
+    server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ballot_queue, "BATCH_BALLOTS", 30)
+    poll_id = await open_poll(server)
+    await cast(server, batch(poll_id, *((f"early-{v}", "mon") for v in range(10))))
+    votes = [(f"{v}", ("mon", "tue")[v % 2]) for v in range(300)]
+    for v in range(10):
+        votes[30 * v] = (f"early-{v}", "mon")
+        votes[30 * v + 7] = (f"early-{v}", "tue")
+        votes[30 * v + 9] = (f"{30 * v + 9}", "sun")
+        # The first vote of a voter in a batch counts, whichever option it names.
+        votes[30 * v + 20] = (f"{30 * v + 11}", "mon")
+    responses = await cast(server, *(batch(poll_id, *votes, sequence=n) for n in range(2)))
+    log = await read_log(write_dsn, poll_id)
+    assert log.rows == 10 + 300 - 40
+    assert max(len(event.votes_cast.option_numbers) for event in log.events) <= 30
+    rejected = {30 * v + place for v in range(10) for place in (7, 9, 20)}
+    for response in responses:
+        assert {rejection.index for rejection in response.rejections} == rejected
+    assert [(r.accepted, r.already_recorded) for r in responses] == [(260, 10), (0, 270)]
+    assert {freshness.parse(r.consistency_token).version for r in responses} == {log.versions[-1]}
 
 
 async def test_a_bad_vote_never_fails_its_batch_or_stream(server: CommandServiceAsyncStub, write_dsn: str) -> None:

@@ -1,25 +1,112 @@
 """What goes into one commit."""
 
 import asyncio
+import os
 from uuid import UUID
 
+import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 from tally.poll.v1.poll_pb2 import PollSpec
 
-from command_server import ballot_box, ballots
-from command_server.ballot_box import _Queue, _Submission
-from command_server.poll import OPEN
+from command_server import ballot_queue, ballots
+from command_server.ballot_queue import BallotQueue, Piece, Recorded, Submission, Verdicts
+from command_server.poll import OPEN, already_voted
 from command_server.polls import Poll
 
 
+def new_queue() -> BallotQueue:
+    return BallotQueue(Poll(UUID(int=1), 1, OPEN, PollSpec(), {}, {}))
+
+
+def submission(*cast: bytes) -> Submission:
+    return Submission(cast, 0.0, asyncio.get_running_loop().create_future())
+
+
+def single_choices(number: int) -> list[bytes]:
+    return [os.urandom(16) + ballots.marking([0]) for _ in range(number)]
+
+
+def taken(pieces: list[Piece]) -> list[bytes]:
+    return [ballot for piece in pieces for ballot in piece.ballots]
+
+
+def recorded(version: int) -> Recorded:
+    return Recorded(version, Timestamp(), already=False)
+
+
+async def test_few_ballots_go_together_as_they_came() -> None:
+    queue = new_queue()
+    first, second = single_choices(3), single_choices(2)
+    queue.put(submission(*first))
+    queue.put(submission(*second))
+    assert taken(queue.take()) == first + second
+    assert (queue.ballots, queue.take()) == (0, [])
+
+
 async def test_a_commit_has_no_more_bytes_than_its_event_may_have() -> None:
-    queue = _Queue(Poll(UUID(int=1), 1, OPEN, PollSpec(), {}, {}))
+    queue = new_queue()
     short, long = b"v" * 16 + ballots.marking([0]), b"v" * 16 + ballots.marking(range(1000))
     # In an approval poll the first ballot of a request says nothing about those that follow.
     for _ in range(10):
-        queue.put(_Submission([short, *[long] * 500], asyncio.get_running_loop().create_future(), 0.0))
+        queue.put(submission(short, *[long] * 500))
     sizes = []
-    while taken := queue.take():
-        sizes.append(sum(len(ballot) for submission in taken for ballot in submission.ballots))
+    while pieces := queue.take():
+        sizes.append(sum(map(len, taken(pieces))))
     assert len(sizes) > 1
-    assert max(sizes) <= ballot_box.BATCH_BYTES
+    assert max(sizes) <= ballot_queue.BATCH_BYTES
     assert queue.ballots == 0
+
+
+async def test_many_ballots_go_by_ranges_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ballot_queue, "BATCH_BALLOTS", 1000)
+    queue = new_queue()
+    cast = single_choices(8000)
+    for start in range(0, 8000, 500):
+        queue.put(submission(*cast[start : start + 500]))
+    commits = []
+    while pieces := queue.take():
+        commits.append(taken(pieces))
+    assert max(map(len, commits)) <= 1000
+    assert sorted(ballot for commit in commits for ballot in commit) == sorted(cast)
+    # A commit has the keys of about an eighth of the space, and a few from the range that it shares with the next one.
+    for commit in commits:
+        firsts = [ballot[0] for ballot in commit]
+        assert max(firsts) - min(firsts) <= 48
+
+
+async def test_the_ballots_of_a_range_stay_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ballot_queue, "BATCH_BALLOTS", 10)
+    queue = new_queue()
+    cast = [key * 16 + ballots.marking([number]) for number in range(20) for key in (b"a", b"z")]
+    commits: list[bytes] = []
+    # What a sweep leaves is taken together with what comes after it.
+    for start, end in ((0, 14), (14, 18), (18, 36), (36, 40)):
+        for ballot in cast[start:end]:
+            queue.put(submission(ballot))
+        commits += taken(queue.take())
+    while pieces := queue.take():
+        commits += taken(pieces)
+    for voter in (b"a", b"z"):
+        assert [b for b in commits if b.startswith(voter)] == [b for b in cast if b.startswith(voter)]
+
+
+async def test_the_last_piece_settles_a_submission() -> None:
+    cast = single_choices(500)
+    whole = submission(*cast)
+    pieces = [piece for piece in whole.pieces() if piece.ballots]
+    refused = {cast.index(piece.ballots[0]) for piece in pieces[::2]}
+    for version, piece in enumerate(reversed(pieces), 2):
+        assert not whole.verdicts.done()
+        others = {0: already_voted()} if piece in pieces[::2] else {}
+        whole.settle(piece, Verdicts(recorded(version), others))
+    verdicts = whole.verdicts.result()
+    assert verdicts.recorded == recorded(1 + len(pieces))
+    assert verdicts.others.keys() == refused
+
+
+async def test_a_piece_that_fails_ends_its_submission() -> None:
+    whole = submission(*single_choices(500))
+    first, second, *_ = (piece for piece in whole.pieces() if piece.ballots)
+    first.submission.fail(TimeoutError())
+    second.submission.settle(second, Verdicts(recorded(2), {}))
+    assert isinstance(whole.verdicts.exception(), TimeoutError)

@@ -1,0 +1,200 @@
+"""The ballots of one poll that wait for a commit, and which of them the next commit takes.
+
+While no more wait than a commit may hold, it takes them all, as they came. When more wait they are kept by ranges of
+their voters' keys, and the commits sweep over the ranges: each writes neighbours in the B-tree of the keys, where the
+oldest ballots, of voters anywhere, would touch nearly every page of a large poll for a row or two. A ballot then waits
+for one sweep, which is no longer than it would wait for all that came before it.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from command_server.polls import Poll
+from contracts.refusals import Refusal
+
+# The most ballots of one commit, and their most bytes: its event must fit a message of the bus.
+BATCH_BALLOTS = 60_000
+BATCH_BYTES = 1 << 21
+# Ballots of one poll wait for its commit under way to end, unless there are so many that a further one is worth its
+# cost. Fewer, larger commits are cheaper for everybody.
+OVERLAP_BALLOTS = 30_000
+# Up to so many ballots go in one round trip instead of four, by a function of the database.
+SMALL_BATCH = 200
+# Ranges of keys, by their first byte: the more there are, the fewer of them two commits share.
+_RANGES = 32
+_RANGE_OF = [first * _RANGES // 256 for first in range(256)]
+
+
+class Recorded(NamedTuple):
+    """A vote that counts: the event that counts it, and whether an earlier call had recorded it."""
+
+    version: int
+    recorded_at: Timestamp
+    already: bool
+
+
+Verdict = Recorded | Refusal
+
+
+class Verdicts(NamedTuple):
+    """What became of some ballots: `recorded` of all but those in `others`, by index. Where several commits recorded
+    them, `recorded` is the latest."""
+
+    recorded: Recorded | None
+    others: Mapping[int, Verdict]
+
+    def part(self, start: int, length: int) -> "Verdicts":
+        """What became of the ballots from `start` on."""
+        if not self.others:
+            return self
+        return Verdicts(self.recorded, {i: self.others[start + i] for i in range(length) if start + i in self.others})
+
+    def of(self, index: int) -> Verdict:
+        """What became of one ballot."""
+        verdict = self.others.get(index, self.recorded)
+        assert verdict is not None, "a ballot without a verdict"
+        return verdict
+
+
+class Submission:
+    """The ballots of one call, in the order in which they were sent, and the future that says what became of them."""
+
+    def __init__(self, ballots: Sequence[bytes], since: float, verdicts: "asyncio.Future[Verdicts]") -> None:
+        self.ballots = ballots
+        # When it came, by the loop's clock.
+        self.since = since
+        self.verdicts = verdicts
+        self._unsettled = len(ballots)
+        self._recorded: Recorded | None = None
+        self._others: dict[int, Verdict] = {}
+        self._places: list[list[int]] | None = None
+
+    def pieces(self) -> "list[Piece]":
+        """The ballots of each range of keys; within a range they stay in their order."""
+        ranges: list[list[bytes]] = [[] for _ in range(_RANGES)]
+        put = [ranges[number].append for number in _RANGE_OF]
+        for ballot in self.ballots:
+            put[ballot[0]](ballot)
+        return [Piece(self, number, ballots) for number, ballots in enumerate(ranges)]
+
+    def settle(self, piece: "Piece", verdicts: Verdicts) -> None:
+        """Says what became of a piece; the last one settles the whole."""
+        if self.verdicts.done():
+            # A caller that went away has cancelled it; its votes count all the same.
+            return
+        if piece.range is None:
+            self.verdicts.set_result(verdicts)
+            return
+        recorded, others = verdicts
+        if recorded and (self._recorded is None or self._recorded.version < recorded.version):
+            self._recorded = recorded
+        if others:
+            places = self._places_of(piece.range)
+            self._others.update((places[index], verdict) for index, verdict in others.items())
+        self._unsettled -= len(piece.ballots)
+        if not self._unsettled:
+            self.verdicts.set_result(Verdicts(self._recorded, self._others))
+
+    def fail(self, error: BaseException) -> None:
+        """Ends it, if nothing else has; what becomes of its other pieces is not told any more."""
+        if not self.verdicts.done():
+            self.verdicts.set_exception(error)
+
+    def _places_of(self, number: int) -> list[int]:
+        """The indexes of the ballots in a range. Found for all ranges at once, when somebody asks."""
+        if self._places is None:
+            self._places = [[] for _ in range(_RANGES)]
+            put = [self._places[number].append for number in _RANGE_OF]
+            for index, ballot in enumerate(self.ballots):
+                put[ballot[0]](index)
+        return self._places[number]
+
+
+class Piece(NamedTuple):
+    """Ballots of a submission that go into one commit: those in a range of keys, or all where `range` is None."""
+
+    submission: Submission
+    range: int | None
+    ballots: Sequence[bytes]
+
+
+class BallotQueue:
+    """The ballots of one poll that wait for a commit."""
+
+    def __init__(self, poll: Poll) -> None:
+        self.poll = poll
+        self.ballots = 0
+        # How many commits of this poll are under way, and whether it waits for a committer.
+        self.committing = 0
+        self.offered = False
+        # Whether the pause after the latest commit is still to end.
+        self.paced = False
+        self._bytes = 0
+        self._latest: list[Submission] = []
+        self._ranges: list[deque[Piece]] = [deque() for _ in range(_RANGES)]
+        # Where the sweep is.
+        self._range = 0
+
+    @property
+    def due(self) -> bool:
+        """Whether another commit should begin."""
+        if self.offered or not self.ballots or (self.paced and self.ballots < SMALL_BATCH):
+            return False
+        # Where a later vote replaces an earlier one, commits keep the order in which the votes came.
+        overlap = self.ballots >= OVERLAP_BALLOTS and not self.poll.spec.allow_vote_change
+        return self.committing == 0 or overlap
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing would be lost with it."""
+        return not (self.ballots or self.committing or self.paced)
+
+    def put(self, submission: Submission) -> None:
+        self._latest.append(submission)
+        self.ballots += len(submission.ballots)
+        self._bytes += sum(map(len, submission.ballots))
+
+    def take(self) -> list[Piece]:
+        """The ballots of the next commit."""
+        if self.ballots <= BATCH_BALLOTS and self._bytes <= BATCH_BYTES:
+            return self._take_all()
+        for submission in self._latest:
+            for waiting, piece in zip(self._ranges, submission.pieces(), strict=True):
+                if piece.ballots:
+                    waiting.append(piece)
+        self._latest.clear()
+        return self._sweep()
+
+    def _take_all(self) -> list[Piece]:
+        taken = [Piece(submission, None, submission.ballots) for submission in self._latest]
+        self._latest.clear()
+        if self.ballots > sum(len(piece.ballots) for piece in taken):
+            # What a sweep has left came first.
+            taken[:0] = chain.from_iterable(self._ranges)
+            for pieces in self._ranges:
+                pieces.clear()
+        self.ballots = self._bytes = 0
+        return taken
+
+    def _sweep(self) -> list[Piece]:
+        taken: list[Piece] = []
+        room, room_bytes = BATCH_BALLOTS, BATCH_BYTES
+        for _ in range(_RANGES + 1):
+            pieces = self._ranges[self._range]
+            while pieces:
+                ballots = pieces[0].ballots
+                size = sum(map(len, ballots))
+                if taken and (room < len(ballots) or room_bytes < size):
+                    return taken
+                taken.append(pieces.popleft())
+                room -= len(ballots)
+                room_bytes -= size
+                self.ballots -= len(ballots)
+                self._bytes -= size
+            self._range = (self._range + 1) % _RANGES
+        return taken
