@@ -1,6 +1,7 @@
-/* The loop over the votes of a CastVotesRequest, for those votes that are plain: one known option, a voter id in ASCII.
+/* The loops over votes that are paid for each of them: reading those of a CastVotesRequest that are plain (one known
+ * option, a voter id in ASCII), parting ballots by ranges of their keys, and putting them in order.
  *
- * It reads the request as it came from the network, without a Python object for each vote, hashes the voters and makes
+ * The first reads the request as it came from the network, without a Python object for each vote, hashes the voters and makes
  * the ballots that command_server/ballots.py describes. Whatever is not plain is left to the Python code, which knows all
  * the rules; so nothing is ever refused here, and without this module everything works, at a third of the speed.
  *
@@ -287,15 +288,112 @@ static PyObject *keyed(PyObject *module, PyObject *const *arguments, Py_ssize_t 
     return PyBytes_FromStringAndSize((const char *)h, sizeof h);
 }
 
+/* ---- Ranges and order ---- */
+
+/* The ballots of a list, each at least as long as a key; NULL and an exception where it holds anything else. */
+static PyObject **ballots_of(PyObject *list) {
+    if (!PyList_Check(list))
+        return (PyObject **)PyErr_Format(PyExc_TypeError, "ballots come in a list");
+    PyObject **ballots = ((PyListObject *)list)->ob_item;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++)
+        if (!PyBytes_Check(ballots[i]) || PyBytes_GET_SIZE(ballots[i]) < KEY_BYTES)
+            return (PyObject **)PyErr_Format(PyExc_TypeError, "a ballot has at least %d bytes", KEY_BYTES);
+    return ballots;
+}
+
+PyDoc_STRVAR(by_range_doc,
+"by_range(ballots: list[bytes], ranges: int) -> list[list[bytes]]\n\n"
+"The ballots in each of so many (1 to 256) equal ranges of their first bytes; within a range they stay in their order.");
+
+static PyObject *by_range(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+    (void)module;
+    long ranges = count == 2 ? PyLong_AsLong(arguments[1]) : 0;
+    if (ranges < 1 || ranges > 256)
+        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "by_range takes a list and 1 to 256");
+    PyObject **ballots = ballots_of(arguments[0]);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_ssize_t number = PyList_GET_SIZE(arguments[0]), sizes[256] = {0}, filled[256] = {0};
+#define RANGE_OF(ballot) ((uint8_t)PyBytes_AS_STRING(ballot)[0] * ranges / 256)
+    for (Py_ssize_t i = 0; i < number; i++)
+        sizes[RANGE_OF(ballots[i])]++;
+    PyObject *parted = PyList_New(ranges);
+    for (long range = 0; parted != NULL && range < ranges; range++) {
+        PyObject *part = PyList_New(sizes[range]);
+        if (part == NULL)
+            Py_CLEAR(parted);
+        else
+            PyList_SET_ITEM(parted, range, part);
+    }
+    for (Py_ssize_t i = 0; parted != NULL && i < number; i++) {
+        long range = RANGE_OF(ballots[i]);
+        PyList_SET_ITEM(PyList_GET_ITEM(parted, range), filled[range]++, Py_NewRef(ballots[i]));
+    }
+    return parted;
+}
+
+#define SORTED_BYTES 8
+
+typedef struct {
+    uint8_t key[SORTED_BYTES];
+    PyObject *ballot;
+} Sortable;
+
+PyDoc_STRVAR(in_order_doc,
+"in_order(ballots: list[bytes]) -> list[bytes]\n\n"
+"The ballots by the first 8 bytes of their keys; those that agree in them stay in their order.");
+
+/* A radix sort: for each byte of the key, from the last to the first, a stable pass over all ballots. */
+static PyObject *in_order(PyObject *module, PyObject *list) {
+    (void)module;
+    PyObject **ballots = ballots_of(list);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_ssize_t number = PyList_GET_SIZE(list);
+    Sortable *items = PyMem_Malloc((2 * number + 1) * sizeof *items);
+    PyObject *ordered = items != NULL ? PyList_New(number) : PyErr_NoMemory();
+    if (ordered == NULL) {
+        PyMem_Free(items);
+        return NULL;
+    }
+    Sortable *from = items, *to = items + number;
+    Py_ssize_t places[SORTED_BYTES][256] = {{0}};
+    for (Py_ssize_t i = 0; i < number; i++) {
+        const uint8_t *key = (const uint8_t *)PyBytes_AS_STRING(ballots[i]);
+        from[i] = (Sortable){.ballot = ballots[i]};
+        for (int digit = 0; digit < SORTED_BYTES; digit++) {
+            from[i].key[digit] = key[digit];
+            places[digit][key[digit]]++;
+        }
+    }
+    for (int digit = SORTED_BYTES - 1; digit >= 0; digit--) {
+        Py_ssize_t place = 0, same;
+        for (int value = 0; value < 256; value++, place += same) {
+            same = places[digit][value];
+            places[digit][value] = place;
+        }
+        for (Py_ssize_t i = 0; i < number; i++)
+            to[places[digit][from[i].key[digit]]++] = from[i];
+        Sortable *swapped = from;
+        from = to;
+        to = swapped;
+    }
+    for (Py_ssize_t i = 0; i < number; i++)
+        PyList_SET_ITEM(ordered, i, Py_NewRef(from[i].ballot));
+    PyMem_Free(items);
+    return ordered;
+}
 static PyMethodDef functions[] = {
     {"envelope", envelope, METH_O, envelope_doc},
     {"mark", (PyCFunction)(void (*)(void))mark, METH_FASTCALL, mark_doc},
+    {"by_range", (PyCFunction)(void (*)(void))by_range, METH_FASTCALL, by_range_doc},
+    {"in_order", in_order, METH_O, in_order_doc},
     {"keyed", (PyCFunction)(void (*)(void))keyed, METH_FASTCALL, keyed_doc},
     {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_ballots", "The loop over plain votes; see _ballots.c.", -1, functions, NULL, NULL, NULL, NULL,
+    PyModuleDef_HEAD_INIT, "_ballots", "The loops over votes; see _ballots.c.", -1, functions, NULL, NULL, NULL, NULL,
 };
 
 PyMODINIT_FUNC PyInit__ballots(void) { return PyModule_Create(&definition); }

@@ -100,9 +100,9 @@ class BallotBox:
         full."""
         if self._ballots >= CAPACITY:
             raise Refusal(ErrorReason.ERROR_REASON_OVERLOADED, "too many votes wait to be recorded; try again")
-        return self._submit(poll, (ballot,))
+        return self._submit(poll, [ballot])
 
-    async def cast_all(self, poll: Poll, batch: Sequence[bytes]) -> "asyncio.Future[Verdicts]":
+    async def cast_all(self, poll: Poll, batch: list[bytes]) -> "asyncio.Future[Verdicts]":
         """Waits for room, accepts the ballots, and returns the future that says what became of them."""
         while self._ballots >= CAPACITY:
             await self._until_fewer()
@@ -112,7 +112,7 @@ class BallotBox:
         self._fewer.clear()
         await self._fewer.wait()
 
-    def _submit(self, poll: Poll, batch: Sequence[bytes]) -> "asyncio.Future[Verdicts]":
+    def _submit(self, poll: Poll, batch: list[bytes]) -> "asyncio.Future[Verdicts]":
         loop = asyncio.get_running_loop()
         queue = self._queues.get((poll.poll_no, poll.state))
         if queue is None:
@@ -185,7 +185,7 @@ class BallotBox:
             piece.submission.settle(piece, verdicts.part(start, len(piece.ballots)))
             start += len(piece.ballots)
 
-    async def _record_in_turn(self, poll: Poll, batch: Sequence[bytes]) -> Verdicts:
+    async def _record_in_turn(self, poll: Poll, batch: list[bytes]) -> Verdicts:
         """A batch in which a voter may vote several times: each of these votes gets a commit, so the log keeps it."""
         turns: list[list[int]] = []
         votes = Counter[bytes]()
@@ -201,7 +201,7 @@ class BallotBox:
             others.update((index, verdicts.of(place)) for place, index in enumerate(turn))
         return Verdicts(None, others)
 
-    async def _record(self, poll: Poll, batch: Sequence[bytes]) -> Verdicts:
+    async def _record(self, poll: Poll, batch: list[bytes]) -> Verdicts:
         """Tries until the batch is durable or patience ends. Whether a failed attempt took effect is unknown; the next
         one finds out, because its rows would carry this batch_id."""
         loop = asyncio.get_running_loop()
@@ -256,7 +256,7 @@ class BallotBox:
         connection: asyncpg.Connection,
         poll: Poll,
         batch_id: int,
-        batch: Sequence[bytes],
+        batch: list[bytes],
         weights: Mapping[bytes, int] | None = None,
     ) -> Recorded:
         """Votes of voters who have none. Fails with UniqueViolationError where one has.
@@ -264,7 +264,7 @@ class BallotBox:
         They are sorted by key, so that two batches with the same voters wait for each other in one order and never
         deadlock.
         """
-        batch = sorted(batch)
+        batch = ballots.in_order(batch)
         payload = Event(votes_cast=ballots.votes_cast(batch_id, batch, weights)).SerializeToString()
         if len(batch) <= SMALL_BATCH:
             columns = _columns(poll, batch)
@@ -284,7 +284,7 @@ class BallotBox:
         return _recorded(row)
 
     async def _record_some(
-        self, connection: asyncpg.Connection, poll: Poll, batch_id: int, batch: Sequence[bytes]
+        self, connection: asyncpg.Connection, poll: Poll, batch_id: int, batch: list[bytes]
     ) -> Verdicts:
         """The way of a batch with voters who have voted before, or twice in the batch, or have to be on the roll.
 
@@ -313,7 +313,7 @@ class BallotBox:
         return Verdicts(recorded, {index: judged.of(place) for place, index in enumerate(rest)})
 
     async def _replace_some(
-        self, connection: asyncpg.Connection, poll: Poll, batch_id: int, batch: Sequence[bytes]
+        self, connection: asyncpg.Connection, poll: Poll, batch_id: int, batch: list[bytes]
     ) -> Verdicts:
         """The way of a batch, without repeated voters, in which votes may take the place of earlier ones."""
         mine = {ballots.voter(ballot): ballot for ballot in batch}
@@ -337,7 +337,7 @@ class BallotBox:
         return _judge(batch, standing, not_eligible())
 
     async def _record_none(
-        self, connection: asyncpg.Connection, poll: Poll, batch_id: int, batch: Sequence[bytes]
+        self, connection: asyncpg.Connection, poll: Poll, batch_id: int, batch: list[bytes]
     ) -> Verdicts:
         """The way of a batch for a poll that is not open: only repeats of recorded votes are not refused."""
         state = await connection.fetchval(sql.poll_state, poll.poll_no)
@@ -368,7 +368,7 @@ class _Standing(NamedTuple):
     recorded: Recorded
 
 
-def _judge(batch: Sequence[bytes], standing: "dict[bytes, _Standing]", without: Refusal) -> Verdicts:
+def _judge(batch: list[bytes], standing: "dict[bytes, _Standing]", without: Refusal) -> Verdicts:
     """Judges each ballot by the vote that stands for its voter; `without` is the answer where there is none."""
     others: dict[int, Verdict] = {}
     recorded: Recorded | None = None
@@ -403,7 +403,7 @@ def _recorded(row: asyncpg.Record, *, already: bool = False) -> Recorded:
     return Recorded(row["version"], moment, already)
 
 
-def _columns(poll: Poll, batch: Sequence[bytes]) -> tuple[list[UUID], list[bytes]]:
+def _columns(poll: Poll, batch: list[bytes]) -> tuple[list[UUID], list[bytes]]:
     """ballot_key and choices of each ballot, as arrays for a statement."""
     return _keys(poll, map(ballots.voter, batch)), [ballots.choices(ballot) for ballot in batch]
 

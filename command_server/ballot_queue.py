@@ -8,12 +8,14 @@ for one sweep, which is no longer than it would wait for all that came before it
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain
 from typing import NamedTuple
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from command_server.ballots import by_range, range_of, size
+from command_server.poll import most_choices
 from command_server.polls import Poll
 from contracts.refusals import Refusal
 
@@ -25,9 +27,8 @@ BATCH_BYTES = 1 << 21
 OVERLAP_BALLOTS = 30_000
 # Up to so many ballots go in one round trip instead of four, by a function of the database.
 SMALL_BATCH = 200
-# Ranges of keys, by their first byte: the more there are, the fewer of them two commits share.
+# Ranges of keys: the more there are, the fewer ballots of one range go into two commits.
 _RANGES = 32
-_RANGE_OF = [first * _RANGES // 256 for first in range(256)]
 
 
 class Recorded(NamedTuple):
@@ -64,7 +65,7 @@ class Verdicts(NamedTuple):
 class Submission:
     """The ballots of one call, in the order in which they were sent, and the future that says what became of them."""
 
-    def __init__(self, ballots: Sequence[bytes], since: float, verdicts: "asyncio.Future[Verdicts]") -> None:
+    def __init__(self, ballots: list[bytes], since: float, verdicts: "asyncio.Future[Verdicts]") -> None:
         self.ballots = ballots
         # When it came, by the loop's clock.
         self.since = since
@@ -76,11 +77,7 @@ class Submission:
 
     def pieces(self) -> "list[Piece]":
         """The ballots of each range of keys; within a range they stay in their order."""
-        ranges: list[list[bytes]] = [[] for _ in range(_RANGES)]
-        put = [ranges[number].append for number in _RANGE_OF]
-        for ballot in self.ballots:
-            put[ballot[0]](ballot)
-        return [Piece(self, number, ballots) for number, ballots in enumerate(ranges)]
+        return [Piece(self, number, part) for number, part in enumerate(by_range(self.ballots, _RANGES))]
 
     def settle(self, piece: "Piece", verdicts: Verdicts) -> None:
         """Says what became of a piece; the last one settles the whole."""
@@ -109,9 +106,8 @@ class Submission:
         """The indexes of the ballots in a range. Found for all ranges at once, when somebody asks."""
         if self._places is None:
             self._places = [[] for _ in range(_RANGES)]
-            put = [self._places[number].append for number in _RANGE_OF]
             for index, ballot in enumerate(self.ballots):
-                put[ballot[0]](index)
+                self._places[range_of(ballot, _RANGES)].append(index)
         return self._places[number]
 
 
@@ -120,7 +116,7 @@ class Piece(NamedTuple):
 
     submission: Submission
     range: int | None
-    ballots: Sequence[bytes]
+    ballots: list[bytes]
 
 
 class BallotQueue:
@@ -134,7 +130,8 @@ class BallotQueue:
         self.offered = False
         # Whether the pause after the latest commit is still to end.
         self.paced = False
-        self._bytes = 0
+        # The most ballots of one commit, whatever they choose.
+        self._most = min(BATCH_BALLOTS, BATCH_BYTES // size(most_choices(poll.spec)))
         self._latest: list[Submission] = []
         self._ranges: list[deque[Piece]] = [deque() for _ in range(_RANGES)]
         # Where the sweep is.
@@ -146,8 +143,8 @@ class BallotQueue:
         if self.offered or not self.ballots or (self.paced and self.ballots < SMALL_BATCH):
             return False
         # Where a later vote replaces an earlier one, commits keep the order in which the votes came.
-        overlap = self.ballots >= OVERLAP_BALLOTS and not self.poll.spec.allow_vote_change
-        return self.committing == 0 or overlap
+        may_overlap = not self.poll.spec.allow_vote_change
+        return self.committing == 0 or (may_overlap and self.ballots >= min(OVERLAP_BALLOTS, self._most))
 
     @property
     def idle(self) -> bool:
@@ -157,44 +154,33 @@ class BallotQueue:
     def put(self, submission: Submission) -> None:
         self._latest.append(submission)
         self.ballots += len(submission.ballots)
-        self._bytes += sum(map(len, submission.ballots))
 
     def take(self) -> list[Piece]:
         """The ballots of the next commit."""
-        if self.ballots <= BATCH_BALLOTS and self._bytes <= BATCH_BYTES:
-            return self._take_all()
-        for submission in self._latest:
-            for waiting, piece in zip(self._ranges, submission.pieces(), strict=True):
-                if piece.ballots:
-                    waiting.append(piece)
-        self._latest.clear()
-        return self._sweep()
-
-    def _take_all(self) -> list[Piece]:
-        taken = [Piece(submission, None, submission.ballots) for submission in self._latest]
-        self._latest.clear()
-        if self.ballots > sum(len(piece.ballots) for piece in taken):
-            # What a sweep has left came first.
-            taken[:0] = chain.from_iterable(self._ranges)
+        if self.ballots <= self._most:
+            taken = [*chain.from_iterable(self._ranges), *(Piece(new, None, new.ballots) for new in self._latest)]
             for pieces in self._ranges:
                 pieces.clear()
-        self.ballots = self._bytes = 0
+        else:
+            for new in self._latest:
+                for waiting, piece in zip(self._ranges, new.pieces(), strict=True):
+                    if piece.ballots:
+                        waiting.append(piece)
+            taken = self._sweep()
+        self._latest.clear()
+        self.ballots -= sum([len(piece.ballots) for piece in taken])
         return taken
 
     def _sweep(self) -> list[Piece]:
+        """The next pieces that fit a commit, and at least one."""
         taken: list[Piece] = []
-        room, room_bytes = BATCH_BALLOTS, BATCH_BYTES
-        for _ in range(_RANGES + 1):
+        room = self._most
+        while any(self._ranges):
             pieces = self._ranges[self._range]
             while pieces:
-                ballots = pieces[0].ballots
-                size = sum(map(len, ballots))
-                if taken and (room < len(ballots) or room_bytes < size):
+                room -= len(pieces[0].ballots)
+                if taken and room < 0:
                     return taken
                 taken.append(pieces.popleft())
-                room -= len(ballots)
-                room_bytes -= size
-                self.ballots -= len(ballots)
-                self._bytes -= size
             self._range = (self._range + 1) % _RANGES
         return taken

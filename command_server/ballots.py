@@ -5,7 +5,7 @@ them (their length, 4 bytes, then 2 bytes for each option's number, ascending). 
 around a constant, ballots sort by voter, and where each has one choice the columns of a batch come out of its bytes by
 slices with a stride: no loop over votes in Python.
 
-The ballots of plain votes are made by compiled code, _ballots.c, where that was built.
+The ballots of plain votes are made, parted and put in order by compiled code, _ballots.c, where that was built.
 """
 
 from collections import Counter
@@ -47,6 +47,11 @@ def marking(option_numbers: Sequence[int]) -> bytes:
     """The part of a ballot that follows the voter's key; the numbers ascend."""
     choices = b"".join(number.to_bytes(_CHOICE_BYTES) for number in option_numbers)
     return len(choices).to_bytes(_LENGTH_BYTES) + choices
+
+
+def size(choices: int) -> int:
+    """The bytes of a ballot with so many choices."""
+    return KEY_BYTES + _LENGTH_BYTES + choices * _CHOICE_BYTES
 
 
 def voter(ballot: bytes) -> bytes:
@@ -109,6 +114,31 @@ class Reader:
         assert compiled is not None, "no envelope without it"
         ballots: list[bytes | None] = compiled.mark(request, self._keyed, markings)
         return ballots
+
+
+def by_range(ballots: list[bytes], ranges: int) -> list[list[bytes]]:
+    """The ballots in each of so many (1 to 256) equal ranges of keys; within a range they stay in their order."""
+    if compiled:
+        parted: list[list[bytes]] = compiled.by_range(ballots, ranges)
+        return parted
+    parted = [[] for _ in range(ranges)]
+    for ballot in ballots:
+        parted[range_of(ballot, ranges)].append(ballot)
+    return parted
+
+
+def range_of(ballot: bytes, ranges: int) -> int:
+    """The range that `by_range` puts a ballot in."""
+    return ballot[0] * ranges // 256
+
+
+def in_order(ballots: list[bytes]) -> list[bytes]:
+    """The ballots in the order of their keys, as far as it matters: of keys that begin with the same 8 bytes any may be
+    first."""
+    if compiled:
+        ordered: list[bytes] = compiled.in_order(ballots)
+        return ordered
+    return sorted(ballots)
 
 
 def copy_rows(poll_no: int, batch_id: int, ballots: Sequence[bytes]) -> bytes:

@@ -145,11 +145,16 @@ def is_past_closing(poll: Poll) -> bool:
     return poll.spec.HasField("closes_at") and poll.now >= poll.spec.closes_at.ToDatetime(UTC)
 
 
+def most_choices(spec: PollSpec) -> int:
+    """How many options one vote may mark."""
+    return 1 if spec.method == VOTING_METHOD_SINGLE_CHOICE else spec.max_choices or len(spec.options)
+
+
 def choose(spec: PollSpec, option_numbers: Mapping[str, int], option_ids: Sequence[str]) -> list[int]:
     """The numbers of the options that a vote marks, ascending."""
     if not option_ids:
         raise Refusal(ErrorReason.ERROR_REASON_INVALID_REQUEST, "option_ids: must name at least one option")
-    allowed = 1 if spec.method == VOTING_METHOD_SINGLE_CHOICE else spec.max_choices or len(option_numbers)
+    allowed = most_choices(spec)
     if len(option_ids) > allowed:
         raise Refusal(
             ErrorReason.ERROR_REASON_TOO_MANY_CHOICES, f"{len(option_ids)} options chosen where {allowed} is the most"

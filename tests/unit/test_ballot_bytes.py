@@ -58,3 +58,30 @@ def test_a_voter_key_depends_on_the_secret_and_hides_the_voter() -> None:
     assert one.voter_key("ada") == VoterKeys(SECRET).voter_key("ada")
     assert len({one.voter_key("ada"), one.voter_key("bob"), other.voter_key("ada")}) == 3
     assert b"ada" not in one.voter_key("ada")
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("number", [0, 1, 2, 5000])
+def test_ballots_are_parted_and_put_in_order(compiled: bool, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(ballots, "compiled", None)
+    chance = random.Random(number)
+    # A long one among them, and voters twice, whose second ballot may not pass the first.
+    cast = [chance.randbytes(16) + ballots.marking([chance.randrange(1000)]) for _ in range(number)]
+    cast += [ballot[:16] + ballots.marking([0, 1]) for ballot in cast[::7]]
+    for ranges in (1, 32, 100, 256):
+        parted = ballots.by_range(cast, ranges)
+        assert parted == [[b for b in cast if ballots.range_of(b, ranges) == part] for part in range(ranges)]
+    assert [ballot[:8] for ballot in ballots.in_order(cast)] == sorted(ballot[:8] for ballot in cast)
+    assert sorted(ballots.in_order(cast)) == sorted(cast)
+
+
+@pytest.mark.parametrize("wrong", [[b"short"], ["a string of sixteen characters"], (b"k" * 16,), None])
+def test_what_is_no_list_of_ballots_is_refused(wrong: object) -> None:
+    assert ballots.compiled is not None
+    for call in (ballots.compiled.in_order, lambda wrong: ballots.compiled and ballots.compiled.by_range(wrong, 4)):
+        with pytest.raises(TypeError):
+            call(wrong)
+    for ranges in (0, 257, -1, 1 << 70):
+        with pytest.raises((ValueError, OverflowError)):
+            ballots.compiled.by_range([], ranges)
