@@ -19,6 +19,8 @@ import grpc
 import uvloop
 from tally.command.v1 import command_service_pb2 as pb
 
+from runtime.lifecycle import settle_memory
+
 
 async def main() -> None:
     orders = json.loads(sys.stdin.readline())
@@ -50,6 +52,8 @@ async def main() -> None:
             while (now := time.perf_counter()) < until:
                 await once(now)
 
+        # As in the services: a pause of the caller's own would count as theirs.
+        settle_memory()
         print("ready", flush=True)
         await asyncio.to_thread(sys.stdin.readline)
         started = time.perf_counter()
