@@ -22,12 +22,9 @@ from contracts.refusals import Refusal
 # The most ballots of one commit, and their most bytes: its event must fit a message of the bus.
 BATCH_BALLOTS = 60_000
 BATCH_BYTES = 1 << 21
-# Ballots of one poll wait for its commit under way to end, unless there are so many that a further one is worth its
-# cost. Fewer, larger commits are cheaper for everybody.
-OVERLAP_BALLOTS = 30_000
 # Up to so many ballots go in one round trip instead of four, by a function of the database.
 SMALL_BATCH = 200
-# Ranges of keys: the more there are, the fewer ballots of one range go into two commits.
+# Ranges of keys: the more there are, the better they fill a commit.
 _RANGES = 32
 
 
@@ -142,9 +139,10 @@ class BallotQueue:
         """Whether another commit should begin."""
         if self.offered or not self.ballots or (self.paced and self.ballots < SMALL_BATCH):
             return False
+        # Fewer, larger commits are cheaper for everybody, so only what is too much for one begins another beside it.
         # Where a later vote replaces an earlier one, commits keep the order in which the votes came.
-        may_overlap = not self.poll.spec.allow_vote_change
-        return self.committing == 0 or (may_overlap and self.ballots >= min(OVERLAP_BALLOTS, self._most))
+        beside = self.ballots > self._most and not self.poll.spec.allow_vote_change
+        return self.committing == 0 or beside
 
     @property
     def idle(self) -> bool:
@@ -177,10 +175,16 @@ class BallotQueue:
         room = self._most
         while any(self._ranges):
             pieces = self._ranges[self._range]
+            if taken and room < sum([len(piece.ballots) for piece in pieces]):
+                # A range is not parted while it fits a commit: so the keys of two commits do not overlap.
+                return taken
             while pieces:
-                room -= len(pieces[0].ballots)
-                if taken and room < 0:
+                if taken and room < len(pieces[0].ballots):
                     return taken
+                room -= len(pieces[0].ballots)
                 taken.append(pieces.popleft())
             self._range = (self._range + 1) % _RANGES
+            if taken and self._range == 0:
+                # The next sweep begins with a commit of its own: a commit's keys are neighbours.
+                return taken
         return taken

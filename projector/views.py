@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from struct import Struct
 from typing import ClassVar
 from uuid import UUID
@@ -37,6 +38,7 @@ _VOTE_COLUMNS = ["voter_key", "version", "recorded_at", "poll_no"]
 # A row is the same up to its voter key, and the same after it as all others of its event.
 _VOTE_HEAD = Struct(">hi").pack(len(_VOTE_COLUMNS), KEY_BYTES)
 _VOTE_TAIL = Struct(">iq iq ii")
+_VOTE = Struct(f"{len(_VOTE_HEAD) + KEY_BYTES + _VOTE_TAIL.size}s")
 _KEY = Struct(f"{KEY_BYTES}s")
 # Postgres counts time from 2000.
 _EPOCH_SECONDS = 946_684_800
@@ -58,13 +60,10 @@ class Views(Schema):
             raise Displaced("a poll is not at the version that this process left it at")
         events = [(poll_nos[change.poll_id], event) for change in changes for event in change.events]
         # An event without replaced votes has only voters who are new, whatever events are around it.
-        fresh = [event for event in events if not event[1].votes_cast.replaced]
-        rows = [row for poll_no, event in fresh for row in _votes(poll_no, event)]
-        if rows:
-            # In the order of their key, as the index has them: that halves what an insertion costs the server.
-            rows.sort()
+        fresh = [event for event in events if event[1].votes_cast.voter_keys and not event[1].votes_cast.replaced]
+        if fresh:
             await self._connection.copy_to_table(
-                "votes", source=_copied(rows), columns=_VOTE_COLUMNS, format="binary", timeout=SECONDS
+                "votes", source=_copied(fresh), columns=_VOTE_COLUMNS, format="binary", timeout=SECONDS
             )
         for poll_no, event in events:
             if event.votes_cast.replaced:
@@ -171,17 +170,31 @@ def _turnout(events: Sequence[tuple[int, Event]]) -> list[tuple[int, datetime, i
     ]
 
 
-def _votes(poll_no: int, event: Event) -> list[bytes]:
-    """The rows of an event's votes, as COPY takes them, each without its head."""
+async def _copied(events: Sequence[tuple[int, Event]]) -> AsyncIterator[bytes]:
+    """The rows of votes as COPY takes them, in the order of their key, as the index has them: that halves what an
+    insertion costs the server."""
+    yield _COPY_HEADER
+    # The votes of an event are in this order already, and events of one rush often follow each other in it.
+    ordered = sorted(events, key=lambda event: event[1].votes_cast.voter_keys[:KEY_BYTES])
+    keys = [event.votes_cast.voter_keys for _, event in ordered]
+    if all(before[-KEY_BYTES:] <= after[:KEY_BYTES] for before, after in pairwise(keys)):
+        for poll_no, event in ordered:
+            yield bytes(_rows(poll_no, event))
+    else:
+        rows = b"".join(_rows(poll_no, event) for poll_no, event in ordered)
+        yield b"".join(sorted(row for (row,) in _VOTE.iter_unpack(rows)))
+    yield _COPY_END
+
+
+def _rows(poll_no: int, event: Event) -> bytearray:
+    """The rows of an event's votes. By slices with a stride, because a loop over votes takes four times as long."""
+    keys = event.votes_cast.voter_keys
     moment = (event.recorded_at.seconds - _EPOCH_SECONDS) * 1_000_000 + event.recorded_at.nanos // 1000
     tail = _VOTE_TAIL.pack(8, event.version, 8, moment, 4, poll_no)
-    return [key + tail for (key,) in _KEY.iter_unpack(event.votes_cast.voter_keys)]
-
-
-async def _copied(rows: Sequence[bytes]) -> AsyncIterator[bytes]:
-    yield _COPY_HEADER
-    yield _VOTE_HEAD + _VOTE_HEAD.join(rows)
-    yield _COPY_END
+    rows = bytearray((_VOTE_HEAD + bytes(KEY_BYTES) + tail) * (len(keys) // KEY_BYTES))
+    for place in range(KEY_BYTES):
+        rows[len(_VOTE_HEAD) + place :: _VOTE.size] = keys[place::KEY_BYTES]
+    return rows
 
 
 def _tally(row: asyncpg.Record) -> Tally:
