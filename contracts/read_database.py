@@ -6,11 +6,19 @@ from uuid import UUID
 # Turnout is counted by so many seconds: what GetTurnout answers is put together from these.
 TURNOUT_GRAIN = 10
 
+# What a vote's key has of its voter's: docs/adr/0008.
+VOTER_BYTES = 12
+
 # Where the projectors of all read models announce what they have committed, with NOTIFY.
 CHANNEL = "tally_read_models"
 VIEWS, DOCUMENTS = "views", "documents"
 # Postgres allows 7,999 bytes in one; a poll takes up to 57.
 _POLLS_OF_AN_ANNOUNCEMENT = 130
+
+
+def vote_key(voter_key: bytes, poll_no: int) -> UUID:
+    """The key of a voter's row in `votes`. Ascending poll_nos give ascending keys."""
+    return UUID(bytes=voter_key[:VOTER_BYTES] + poll_no.to_bytes(4))
 
 
 def announcements(read_model: str, versions: Sequence[tuple[str, int]]) -> list[str]:

@@ -46,8 +46,8 @@ WHERE polls.poll_id = new.poll_id AND polls.version = new.before
 RETURNING polls.poll_id, polls.poll_no
 
 -- replace_votes: the votes of an event, each in the place of the voter's earlier one
-INSERT INTO votes (version, recorded_at, poll_no, voter_key) SELECT $1, $2, $3, unnest($4::uuid[])
-ON CONFLICT (voter_key, poll_no) DO UPDATE SET version = excluded.version, recorded_at = excluded.recorded_at
+INSERT INTO votes (version, recorded_at, vote_key) SELECT $1, $2, unnest($3::uuid[])
+ON CONFLICT (vote_key) DO UPDATE SET version = excluded.version, recorded_at = excluded.recorded_at
 
 -- add_turnout: voters who voted for the first time, by poll and time
 INSERT INTO turnout (poll_no, start_time, votes)

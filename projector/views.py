@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from struct import Struct
 from typing import ClassVar
-from uuid import UUID
 
 import asyncpg
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -22,7 +21,7 @@ from tally.poll.v1.poll_pb2 import (
 from tally.query.v1.query_service_pb2 import Certification
 
 from contracts.counting import added_votes
-from contracts.read_database import TURNOUT_GRAIN
+from contracts.read_database import TURNOUT_GRAIN, VOTER_BYTES, vote_key
 from contracts.voters import KEY_BYTES
 from projector.fold import Tally, outcome
 from projector.projection import Change, Displaced
@@ -34,11 +33,11 @@ sql = postgres.queries(__package__)
 # COPY's binary format: a header, rows of fields that each begin with their length, and an end.
 _COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 _COPY_END = b"\xff\xff"
-_VOTE_COLUMNS = ["voter_key", "version", "recorded_at", "poll_no"]
-# A row is the same up to its voter key, and the same after it as all others of its event.
-_VOTE_HEAD = Struct(">hi").pack(len(_VOTE_COLUMNS), KEY_BYTES)
-_VOTE_TAIL = Struct(">iq iq ii")
-_VOTE = Struct(f"{len(_VOTE_HEAD) + KEY_BYTES + _VOTE_TAIL.size}s")
+_VOTE_COLUMNS = ["vote_key", "version", "recorded_at"]
+# A row is the same up to its voter, and the same after it as all others of its event.
+_VOTE_HEAD = Struct(">hi").pack(len(_VOTE_COLUMNS), VOTER_BYTES + 4)
+_VOTE_TAIL = Struct(">i iq iq")
+_VOTE = Struct(f"{len(_VOTE_HEAD) + VOTER_BYTES + _VOTE_TAIL.size}s")
 _KEY = Struct(f"{KEY_BYTES}s")
 # Postgres counts time from 2000.
 _EPOCH_SECONDS = 946_684_800
@@ -73,8 +72,8 @@ class Views(Schema):
 
     async def _replace_votes(self, poll_no: int, event: Event) -> None:
         """The votes of an event some of which take the place of earlier ones."""
-        keys = [UUID(bytes=key) for (key,) in _KEY.iter_unpack(event.votes_cast.voter_keys)]
-        await self._connection.execute(sql.replace_votes, event.version, _moment(event.recorded_at), poll_no, keys)
+        keys = [vote_key(voter, poll_no) for (voter,) in _KEY.iter_unpack(event.votes_cast.voter_keys)]
+        await self._connection.execute(sql.replace_votes, event.version, _moment(event.recorded_at), keys)
 
     async def _store_polls(self, changes: Sequence[Change]) -> Mapping[str, int]:
         """The poll_no of each poll that was at the version before its change, and now has that change."""
@@ -190,9 +189,9 @@ def _rows(poll_no: int, event: Event) -> bytearray:
     """The rows of an event's votes. By slices with a stride, because a loop over votes takes four times as long."""
     keys = event.votes_cast.voter_keys
     moment = (event.recorded_at.seconds - _EPOCH_SECONDS) * 1_000_000 + event.recorded_at.nanos // 1000
-    tail = _VOTE_TAIL.pack(8, event.version, 8, moment, 4, poll_no)
-    rows = bytearray((_VOTE_HEAD + bytes(KEY_BYTES) + tail) * (len(keys) // KEY_BYTES))
-    for place in range(KEY_BYTES):
+    tail = _VOTE_TAIL.pack(poll_no, 8, event.version, 8, moment)
+    rows = bytearray((_VOTE_HEAD + bytes(VOTER_BYTES) + tail) * (len(keys) // KEY_BYTES))
+    for place in range(VOTER_BYTES):
         rows[len(_VOTE_HEAD) + place :: _VOTE.size] = keys[place::KEY_BYTES]
     return rows
 

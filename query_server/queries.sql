@@ -29,7 +29,7 @@ JOIN polls USING (poll_id) WHERE polls.version > known.version
 
 -- vote: a poll's version, and the voter's vote in it, where there is one
 SELECT polls.version, votes.version AS vote_version, votes.recorded_at
-FROM polls LEFT JOIN votes ON votes.poll_no = polls.poll_no AND votes.voter_key = $2
+FROM polls LEFT JOIN votes ON votes.vote_key = encode($2::bytea || int4send(polls.poll_no), 'hex')::uuid
 WHERE poll_id = $1
 
 -- statuses: what the projectors of this database say of themselves
@@ -45,8 +45,8 @@ SELECT poll_no FROM polls WHERE poll_id = $1
 -- voter_votes: a voter's votes in polls that came before a number, the latest first, each with what became of the poll
 WITH page AS MATERIALIZED (
     SELECT poll_no, version, recorded_at FROM votes
-    WHERE voter_key = $1 AND poll_no < $2
-    ORDER BY poll_no DESC LIMIT $3
+    WHERE vote_key >= $1 AND vote_key < $2
+    ORDER BY vote_key DESC LIMIT $3
 )
 SELECT poll_id, title, state, outcome, page.version, page.recorded_at
 FROM page JOIN polls USING (poll_no)

@@ -30,7 +30,7 @@ from tally.query.v1.query_service_pb2 import (
 
 from contracts.freshness import token
 from contracts.live import hidden_results
-from contracts.read_database import DOCUMENTS, VIEWS
+from contracts.read_database import DOCUMENTS, VIEWS, VOTER_BYTES, vote_key
 from contracts.refusals import Refusal, invalid_request
 from query_server.turnout import buckets
 from runtime.postgres import queries
@@ -112,7 +112,7 @@ class Views:
 
     async def vote(self, poll_id: UUID, voter_key: bytes) -> tuple[int, VoteReceipt | None]:
         """A poll's version, 0 if there is no such poll, and the receipt of a voter without its receipt_id."""
-        rows = await self._fetch(sql.vote, poll_id, UUID(bytes=voter_key))
+        rows = await self._fetch(sql.vote, poll_id, voter_key[:VOTER_BYTES])
         if not rows:
             return 0, None
         version, vote_version, recorded_at = rows[0]
@@ -157,7 +157,8 @@ class Views:
                 before = await connection.fetchval(sql.poll_no, _parse_votes_page_token(page_token))
                 if before is None:
                     raise _bad_page_token()
-            votes = connection.cursor(sql.voter_votes, UUID(bytes=voter_key), before, limit + 1, prefetch=_PREFETCH)
+            keys = vote_key(voter_key, 0), vote_key(voter_key, before)
+            votes = connection.cursor(sql.voter_votes, *keys, limit + 1, prefetch=_PREFETCH)
             if await _fill(page.votes, limit, _voter_vote, votes):
                 page.next_page_token = _votes_page_token(page.votes[-1])
         return version, page

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from datetime import UTC, datetime
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from uuid import UUID
 
@@ -11,14 +13,21 @@ import asyncpg
 
 import migrations
 from command_server.ballots import ballot_key, marking
+from contracts.read_database import vote_key
 from runtime import postgres
 from tests.servers import sql
 
 
+def files_up_to(number: str, folder: Traversable, directory: Path) -> Path:
+    """A folder with the migrations of an earlier version."""
+    for file in folder.iterdir():
+        if file.name <= number:
+            shutil.copy(str(file), directory / file.name)
+    return directory
+
+
 async def test_votes_and_rolls_keep_their_voters_under_the_new_key(write_dsn: str, tmp_path: Path) -> None:
-    for name in ("0001_polls_and_votes.sql", "0002_every_kind_of_poll.sql"):
-        shutil.copy(str(migrations.WRITE / name), tmp_path / name)
-    await postgres.migrate(write_dsn, tmp_path, "before")
+    await postgres.migrate(write_dsn, files_up_to("0003", migrations.WRITE, tmp_path), "before")
     voters = {poll_no: sorted(os.urandom(16) for _ in range(5)) for poll_no in (1, 2, 300)}
     votes = [(7, poll_no, marking([1])[4:], UUID(bytes=key)) for poll_no, keys in voters.items() for key in keys]
     rolls = [(poll_no, weight, vote) for weight, (_, poll_no, _, vote) in enumerate(votes, 1)]
@@ -35,3 +44,22 @@ async def test_votes_and_rolls_keep_their_voters_under_the_new_key(write_dsn: st
     assert [tuple(row) for row in rows] == [(7, key, b"\0\1") for key in keys]
     rows = await sql(write_dsn, "SELECT weight, ballot_key FROM before.roll ORDER BY ballot_key")
     assert [tuple(row) for row in rows] == list(enumerate(keys, 1))
+
+
+async def test_the_views_keep_their_votes_under_the_new_key(read_dsn: str, tmp_path: Path) -> None:
+    views = migrations.READ["views"]
+    await postgres.migrate(read_dsn, files_up_to("0006", views, tmp_path), "before")
+    voters = sorted(os.urandom(16) for _ in range(5))
+    now = datetime.now(UTC)
+    votes = [(version, now, poll_no, UUID(bytes=key)) for version, key in enumerate(voters) for poll_no in (1, 300)]
+    connection = await asyncpg.connect(read_dsn, server_settings={"search_path": "before"})
+    try:
+        await connection.copy_records_to_table("votes", records=votes)
+    finally:
+        await connection.close()
+
+    assert "0006_one_key_for_voter_and_poll.sql" in await postgres.migrate(read_dsn, views, "before")
+    rows = await sql(read_dsn, "SELECT version, recorded_at, vote_key, poll_no FROM before.votes ORDER BY vote_key")
+    assert [tuple(row) for row in rows] == [
+        (version, now, vote_key(key, poll_no), poll_no) for version, key in enumerate(voters) for poll_no in (1, 300)
+    ]

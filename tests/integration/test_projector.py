@@ -26,6 +26,7 @@ from tally.query.v1.query_service_pb2 import RESULTS_SOURCE_LIVE_CACHE, GetResul
 from contracts.bus import ALL_EVENTS, REPUBLISH, STREAM, VERSION_HEADER, event_subject, republish_request
 from contracts.dead_letters import DeadLetter
 from contracts.live import FIRST_GENERATION, live_channel, live_key, position_key
+from contracts.read_database import vote_key
 from contracts.read_models import READ_MODELS
 from projector import projection
 from projector.__main__ import KINDS, ReadDatabaseSettings, RedisSettings, project
@@ -143,8 +144,10 @@ class Everything:
         assert row is not None
         assert (row["version"], row["counts"]) == (poll.version, poll.counts)
         assert row["total_votes"] == len(poll.voters)
-        votes = await self.read.fetch("SELECT voter_key, version FROM votes WHERE poll_no = $1", row["poll_no"])
-        assert {vote["voter_key"].bytes: vote["version"] for vote in votes} == poll.voters
+        votes = await self.read.fetch("SELECT vote_key, version FROM votes WHERE poll_no = $1", row["poll_no"])
+        assert {vote["vote_key"]: vote["version"] for vote in votes} == {
+            vote_key(voter, row["poll_no"]): version for voter, version in poll.voters.items()
+        }
 
     async def in_documents(self, poll: WrittenPoll) -> None:
         """Fails unless the document has exactly what was written."""

@@ -33,7 +33,7 @@ from clients.connection import Address, QueryServer
 from clients.watchers import watch as watch_results
 from contracts.freshness import token
 from contracts.live import FIRST_GENERATION, live_channel, live_key
-from contracts.read_database import CHANNEL, VIEWS, announcements
+from contracts.read_database import CHANNEL, VIEWS, announcements, vote_key
 from contracts.voters import VoterKeys
 from projector.fold import fold
 from projector.projection import Change
@@ -107,12 +107,16 @@ class ReadModels:
     async def vote(self, poll_id: UUID, voter_id: str, version: int) -> None:
         """Counts a vote in the read database."""
         await self.database.execute(
-            "INSERT INTO votes SELECT $2, $3, poll_no, $4 FROM polls WHERE poll_id = $1",
-            poll_id,
+            "INSERT INTO votes (version, recorded_at, vote_key) VALUES ($1, $2, $3)",
             version,
             NOON,
-            UUID(bytes=VoterKeys(VOTER_SECRET).voter_key(voter_id)),
+            await self.vote_key(poll_id, voter_id),
         )
+
+    async def vote_key(self, poll_id: UUID, voter_id: str) -> UUID:
+        """The key of a voter's row."""
+        poll_no = await self.database.fetchval("SELECT poll_no FROM polls WHERE poll_id = $1", poll_id)
+        return vote_key(VoterKeys(VOTER_SECRET).voter_key(voter_id), poll_no)
 
 
 def live_results(
@@ -499,10 +503,8 @@ async def test_a_fresh_read_waits_for_the_read_database(server: QueryServiceAsyn
     done, _ = await asyncio.wait([poll, vote], timeout=0.2)
     assert not done
     async with models.database.acquire() as connection, connection.transaction():
-        bob = UUID(bytes=VoterKeys(VOTER_SECRET).voter_key("bob"))
-        await connection.execute(
-            "INSERT INTO votes SELECT 3, $2, poll_no, $3 FROM polls WHERE poll_id = $1", poll_id, NOON, bob
-        )
+        bob = await models.vote_key(poll_id, "bob")
+        await connection.execute("INSERT INTO votes (version, recorded_at, vote_key) VALUES (3, $1, $2)", NOON, bob)
         await connection.execute("UPDATE polls SET version = 3 WHERE poll_id = $1", poll_id)
         await models.announce(poll_id, 3, connection)
     assert (await poll).poll.version == 3

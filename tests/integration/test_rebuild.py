@@ -25,6 +25,7 @@ from tally.query.v1.query_service_pb2_grpc import QueryServiceStub
 from clients.failures import Failure
 from clients.rebuilding import Rebuilding
 from contracts.live import FIRST_GENERATION, frozen_key, live_key
+from contracts.read_database import vote_key
 from projector import event_log as log_reader
 from projector import rebuild
 from projector.__main__ import KINDS, SETTINGS, project
@@ -113,7 +114,9 @@ class Stage:
             assert row is not None
             version, counts = row["version"], row["counts"]
             votes = await self.read.fetch("SELECT * FROM views.votes WHERE poll_no = $1", row["poll_no"])
-            assert {vote["voter_key"].bytes: vote["version"] for vote in votes} == poll.voters
+            assert {vote["vote_key"]: vote["version"] for vote in votes} == {
+                vote_key(voter, row["poll_no"]): version for voter, version in poll.voters.items()
+            }
         else:
             row = await self.read.fetchrow("SELECT * FROM documents.documents WHERE poll_id = $1", poll.poll_id)
             assert row is not None

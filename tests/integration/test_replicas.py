@@ -256,6 +256,6 @@ async def test_a_standby_is_promoted_while_readers_and_voters_go_on(
         results = (await stub.GetResults(pb.GetResultsRequest(poll_id=str(poll.poll_id)))).results
         assert [count.count for count in results.counts] == poll.counts
         [row] = await sql(
-            pair.standby.cluster.dsn("tally_read"), "SELECT count(*), count(DISTINCT voter_key) FROM views.votes"
+            pair.standby.cluster.dsn("tally_read"), "SELECT count(*), count(DISTINCT vote_key) FROM views.votes"
         )
         assert tuple(row) == (60, 60)
