@@ -16,7 +16,9 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
-from prometheus_client import Counter, Histogram
+from prometheus_client import REGISTRY
+
+from runtime.call_metrics import CallMetrics
 
 log = structlog.get_logger()
 
@@ -42,13 +44,8 @@ _OPTIONS = [
     ("grpc.keepalive_timeout_ms", 10_000),
 ]
 
-_calls = Counter("grpc_server_handled", "Calls by method and outcome.", ["method", "code"])
-_seconds = Histogram(
-    "grpc_server_handling_seconds",
-    "Time to answer a unary call.",
-    ["method"],
-    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
-)
+_calls = CallMetrics()
+REGISTRY.register(_calls)
 
 
 class InvalidMessage(Exception):  # noqa: N818 - the caller's fault, not an error of ours
@@ -167,7 +164,7 @@ class _Wrapping:
         return grpc.stream_unary_rpc_method_handler(self._collect(method, handler.stream_unary), read, write)
 
     def _unary(self, method: str, handler: Any) -> Any:
-        ok, seconds = _calls.labels(method, "OK"), _seconds.labels(method)
+        times = _calls.times(method)
         check_first = _check_readable if getattr(handler, "checks_itself", False) else check
 
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
@@ -177,8 +174,7 @@ class _Wrapping:
                 response = await handler(request, context)
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
                 await self._refuse(method, context, error)
-            ok.inc()
-            seconds.observe(time.perf_counter() - started)
+            times.add(time.perf_counter() - started)
             return response
 
         return call
@@ -192,7 +188,7 @@ class _Wrapping:
                 await handler(request, context)
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
                 await self._refuse(method, context, error)
-            _calls.labels(method, "OK").inc()
+            _calls.ended(method, "OK")
 
         return call
 
@@ -204,7 +200,7 @@ class _Wrapping:
                 await handler(_checked(requests), context)
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
                 await self._refuse(method, context, error)
-            _calls.labels(method, "OK").inc()
+            _calls.ended(method, "OK")
 
         return call
 
@@ -214,7 +210,7 @@ class _Wrapping:
                 response = await handler(_checked(requests), context)
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
                 await self._refuse(method, context, error)
-            _calls.labels(method, "OK").inc()
+            _calls.ended(method, "OK")
             return response
 
         return call
@@ -225,7 +221,7 @@ class _Wrapping:
         while isinstance(error, ExceptionGroup):
             error = error.exceptions[0]
         status = rpc_status.to_status(self._to_status(error))
-        _calls.labels(method, status.code.name).inc()
+        _calls.ended(method, status.code.name)
         await context.abort_with_status(status)
 
 
