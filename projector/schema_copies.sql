@@ -24,6 +24,8 @@ SELECT pg_advisory_xact_lock($1)
 -- lacking: the migrations that only the copy in use has
 SELECT name FROM {in_use}.schema_migrations EXCEPT SELECT name FROM {fresh}.schema_migrations ORDER BY name
 
--- switch: puts the fresh copy in the place of the one in use
+-- switch: puts the fresh copy in the place of the one in use. What the projector last said of itself goes with it, so
+-- that it is not missing until the projector says it again.
+INSERT INTO {fresh}.projector_status SELECT * FROM {in_use}.projector_status ON CONFLICT DO NOTHING;
 ALTER SCHEMA {in_use} RENAME TO {retired};
 ALTER SCHEMA {fresh} RENAME TO {in_use}

@@ -281,6 +281,14 @@ async def test_the_event_log_is_enough(stage: Stage) -> None:
             await stage.counted(name, *polls)
 
 
+@pytest.mark.parametrize("read_model", ["views", "documents"])
+async def test_what_a_projector_says_of_itself_is_never_missing(stage: Stage, read_model: str) -> None:
+    await stage.read.execute(f"INSERT INTO {read_model}.projector_status VALUES ($1, $2)", read_model, b"says")
+    await stage.rebuild(read_model)
+    [status] = await stage.read.fetch(f"SELECT * FROM {read_model}.projector_status")
+    assert tuple(status) == (read_model, b"says")
+
+
 async def test_a_long_log_is_read_in_parts(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_reader, "_PAGE_POLLS", 3)
     monkeypatch.setattr(log_reader, "_CHUNK_EVENTS", 4)
