@@ -1,9 +1,9 @@
 /* The loops over votes that are paid for each of them: reading those of a CastVotesRequest that are plain (one known
  * option, a voter id in ASCII), parting ballots by ranges of their keys, and putting them in order.
  *
- * The first reads the request as it came from the network, without a Python object for each vote, hashes the voters and makes
- * the ballots that command_server/ballots.py describes. Whatever is not plain is left to the Python code, which knows all
- * the rules; so nothing is ever refused here, and without this module everything works, at a third of the speed.
+ * The first reads the request as it came from the network, without a Python object for each vote, hashes the voters and
+ * makes the ballots that command_server/ballots.py describes. Whatever is not plain is left to the Python code, which
+ * knows all the rules; so nothing is ever refused here, and without this module everything works, more slowly.
  *
  * Protobuf's wire format: https://protobuf.dev/programming-guides/encoding. BLAKE2b: RFC 7693.
  */
@@ -329,6 +329,7 @@ static PyObject *by_range(PyObject *module, PyObject *const *arguments, Py_ssize
         long range = RANGE_OF(ballots[i]);
         PyList_SET_ITEM(PyList_GET_ITEM(parted, range), filled[range]++, Py_NewRef(ballots[i]));
     }
+#undef RANGE_OF
     return parted;
 }
 
@@ -383,6 +384,7 @@ static PyObject *in_order(PyObject *module, PyObject *list) {
     PyMem_Free(items);
     return ordered;
 }
+
 static PyMethodDef functions[] = {
     {"envelope", envelope, METH_O, envelope_doc},
     {"mark", (PyCFunction)(void (*)(void))mark, METH_FASTCALL, mark_doc},

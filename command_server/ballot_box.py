@@ -43,9 +43,10 @@ COMMITTERS = 3
 # the pauses grow to the limit: larger batches, and more of the processors for the calls.
 PACE_SECONDS_PER_BALLOT = 0.0004
 PACE_SECONDS = 0.004
-# The most ballots that wait: about 100 bytes each, and two more for each choice of an approval.
+# The most ballots that wait: about 100 bytes each, and two more for each choice of an approval. Those of a request are
+# kept until all of them are recorded, so up to twice as many are in memory.
 CAPACITY = 400_000
-# One attempt to commit, all attempts together, and how long a ballot may wait for its commit to begin, in seconds.
+# One attempt to commit, all attempts together, and how long a request may wait for its first commit, in seconds.
 ATTEMPT_SECONDS = 10.0
 PATIENCE_SECONDS = 15.0
 WAIT_SECONDS = 15.0
@@ -228,9 +229,9 @@ class BallotBox:
             except (*UNAVAILABLE, asyncpg.DeadlockDetectedError) as error:
                 _failures.inc()
                 log.warning("commit failed", error=repr(error), votes=len(batch), failures=backoff.failures + 1)
-                await backoff.wait()
-                if loop.time() > started + PATIENCE_SECONDS:
+                if loop.time() >= started + PATIENCE_SECONDS:
                     raise
+                await backoff.wait()
             except asyncpg.PostgresError as error:
                 if error.sqlstate != _NOT_OPEN:
                     raise
@@ -389,11 +390,17 @@ def _judge(batch: list[bytes], standing: "dict[bytes, _Standing]", without: Refu
 
 
 def _in_time(pieces: list[Piece], now: float) -> list[Piece]:
-    """Those of submissions that somebody still waits for; the others are given up, unrecorded."""
+    """Those of submissions that somebody still waits for; the others are given up. To have waited for too long is a
+    reason only before a submission's first commit: after it, a repeat would be mostly repeated votes."""
+    kept = []
     for piece in pieces:
-        if piece.submission.since < now - WAIT_SECONDS:
-            piece.submission.fail(TimeoutError("no commit began in time"))
-    return [piece for piece in pieces if not piece.submission.verdicts.done()]
+        submission = piece.submission
+        if not submission.begun and submission.since < now - WAIT_SECONDS:
+            submission.fail(TimeoutError("no commit began in time"))
+        submission.begun = True
+        if not submission.verdicts.done():
+            kept.append(piece)
+    return kept
 
 
 def _recorded(row: asyncpg.Record, *, already: bool = False) -> Recorded:

@@ -3,7 +3,7 @@
 While no more wait than a commit may hold, it takes them all, as they came. When more wait they are kept by ranges of
 their voters' keys, and the commits sweep over the ranges: each writes neighbours in the B-tree of the keys, where the
 oldest ballots, of voters anywhere, would touch nearly every page of a large poll for a row or two. A ballot then waits
-for one sweep, which is no longer than it would wait for all that came before it.
+for one sweep: for what came before it, and for what comes meanwhile into ranges that are served before its own.
 """
 
 import asyncio
@@ -20,12 +20,13 @@ from command_server.polls import Poll
 from contracts.refusals import Refusal
 
 # The most ballots of one commit, and their most bytes: its event must fit a message of the bus.
-BATCH_BALLOTS = 60_000
+BATCH_BALLOTS = 40_000
 BATCH_BYTES = 1 << 21
 # Up to so many ballots go in one round trip instead of four, by a function of the database.
 SMALL_BATCH = 200
-# Ranges of keys: the more there are, the better they fill a commit.
+# Ranges of keys: the more there are, the better they fill a commit. And what stands for all of them.
 _RANGES = 32
+_ALL = -1
 
 
 class Recorded(NamedTuple):
@@ -60,28 +61,33 @@ class Verdicts(NamedTuple):
 
 
 class Submission:
-    """The ballots of one call, in the order in which they were sent, and the future that says what became of them."""
+    """The ballots of one call, at least one, in the order in which they were sent, and the future that says what became
+    of them."""
 
     def __init__(self, ballots: list[bytes], since: float, verdicts: "asyncio.Future[Verdicts]") -> None:
         self.ballots = ballots
         # When it came, by the loop's clock.
         self.since = since
         self.verdicts = verdicts
+        # Whether a commit has taken some of them.
+        self.begun = False
         self._unsettled = len(ballots)
         self._recorded: Recorded | None = None
         self._others: dict[int, Verdict] = {}
         self._places: list[list[int]] | None = None
 
     def pieces(self) -> "list[Piece]":
-        """The ballots of each range of keys; within a range they stay in their order."""
-        return [Piece(self, number, part) for number, part in enumerate(by_range(self.ballots, _RANGES))]
+        """The ballots by ranges of keys; within a range they stay in their order."""
+        if len(self.ballots) == 1:
+            return [Piece(self, range_of(self.ballots[0], _RANGES), self.ballots)]
+        return [Piece(self, number, part) for number, part in enumerate(by_range(self.ballots, _RANGES)) if part]
 
     def settle(self, piece: "Piece", verdicts: Verdicts) -> None:
         """Says what became of a piece; the last one settles the whole."""
         if self.verdicts.done():
-            # A caller that went away has cancelled it; its votes count all the same.
+            # Another piece has failed, or the caller went away. What was recorded counts all the same.
             return
-        if piece.range is None:
+        if piece.range == _ALL:
             self.verdicts.set_result(verdicts)
             return
         recorded, others = verdicts
@@ -109,10 +115,10 @@ class Submission:
 
 
 class Piece(NamedTuple):
-    """Ballots of a submission that go into one commit: those in a range of keys, or all where `range` is None."""
+    """Ballots of a submission that go into one commit: those in a range of keys, or all of them."""
 
     submission: Submission
-    range: int | None
+    range: int
     ballots: list[bytes]
 
 
@@ -139,10 +145,11 @@ class BallotQueue:
         """Whether another commit should begin."""
         if self.offered or not self.ballots or (self.paced and self.ballots < SMALL_BATCH):
             return False
-        # Fewer, larger commits are cheaper for everybody, so only what is too much for one begins another beside it.
-        # Where a later vote replaces an earlier one, commits keep the order in which the votes came.
+        # Fewer, larger commits are cheaper for everybody, so only what is too much for one begins a second one beside
+        # it; without a third, more wait for the next, and its keys are closer together. Where a later vote replaces an
+        # earlier one, commits keep the order in which the votes came.
         beside = self.ballots > self._most and not self.poll.spec.allow_vote_change
-        return self.committing == 0 or beside
+        return self.committing == 0 or (self.committing == 1 and beside)
 
     @property
     def idle(self) -> bool:
@@ -156,14 +163,13 @@ class BallotQueue:
     def take(self) -> list[Piece]:
         """The ballots of the next commit."""
         if self.ballots <= self._most:
-            taken = [*chain.from_iterable(self._ranges), *(Piece(new, None, new.ballots) for new in self._latest)]
+            taken = [*chain.from_iterable(self._ranges), *(Piece(new, _ALL, new.ballots) for new in self._latest)]
             for pieces in self._ranges:
                 pieces.clear()
         else:
             for new in self._latest:
-                for waiting, piece in zip(self._ranges, new.pieces(), strict=True):
-                    if piece.ballots:
-                        waiting.append(piece)
+                for piece in new.pieces():
+                    self._ranges[piece.range].append(piece)
             taken = self._sweep()
         self._latest.clear()
         self.ballots -= sum([len(piece.ballots) for piece in taken])
@@ -176,7 +182,7 @@ class BallotQueue:
         while any(self._ranges):
             pieces = self._ranges[self._range]
             if taken and room < sum([len(piece.ballots) for piece in pieces]):
-                # A range is not parted while it fits a commit: so the keys of two commits do not overlap.
+                # A range is not parted while it fits a commit: so the keys of two commits seldom overlap.
                 return taken
             while pieces:
                 if taken and room < len(pieces[0].ballots):

@@ -147,7 +147,9 @@ def is_past_closing(poll: Poll) -> bool:
 
 def most_choices(spec: PollSpec) -> int:
     """How many options one vote may mark."""
-    return 1 if spec.method == VOTING_METHOD_SINGLE_CHOICE else spec.max_choices or len(spec.options)
+    if spec.method == VOTING_METHOD_SINGLE_CHOICE:
+        return 1
+    return min(spec.max_choices or len(spec.options), len(spec.options))
 
 
 def choose(spec: PollSpec, option_numbers: Mapping[str, int], option_ids: Sequence[str]) -> list[int]:

@@ -26,6 +26,7 @@ SELECT name FROM {in_use}.schema_migrations EXCEPT SELECT name FROM {fresh}.sche
 
 -- switch: puts the fresh copy in the place of the one in use. What the projector last said of itself goes with it, so
 -- that it is not missing until the projector says it again.
-INSERT INTO {fresh}.projector_status SELECT * FROM {in_use}.projector_status ON CONFLICT DO NOTHING;
+INSERT INTO {fresh}.projector_status (read_model, status)
+SELECT read_model, status FROM {in_use}.projector_status ON CONFLICT DO NOTHING;
 ALTER SCHEMA {in_use} RENAME TO {retired};
 ALTER SCHEMA {fresh} RENAME TO {in_use}

@@ -35,8 +35,8 @@ def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
 
 def settle_memory() -> None:
     """Spares the garbage collector what is loaded by now, which stays, and looks at what calls leave behind, which is
-    hardly ever a cycle, less often than Python would: that took a fifth of the time of a server under load. Not ten
-    times less: a look takes longer the more has gathered, and every call waits for it.
+    hardly ever a cycle, a seventh as often as Python would: that took a fifth of the time of a server under load. More
+    seldom would be worse: a look takes longer the more has gathered, 37 ms at 50,000 objects, and every call waits.
     """
     gc.collect()
     gc.freeze()

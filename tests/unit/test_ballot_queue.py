@@ -7,16 +7,17 @@ from uuid import UUID
 
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
-from tally.poll.v1.poll_pb2 import VOTING_METHOD_APPROVAL, PollSpec
+from tally.poll.v1.poll_pb2 import VOTING_METHOD_APPROVAL, PollOption, PollSpec
 
-from command_server import ballot_queue, ballots
+from command_server import ballot_box, ballot_queue, ballots
 from command_server.ballot_queue import BallotQueue, Piece, Recorded, Submission, Verdicts
 from command_server.poll import OPEN, already_voted
 from command_server.polls import Poll
 
 
 def new_queue(choices: int = 1) -> BallotQueue:
-    spec = PollSpec(method=VOTING_METHOD_APPROVAL, max_choices=choices)
+    options = [PollOption(option_id=str(number), label=str(number)) for number in range(choices)]
+    spec = PollSpec(method=VOTING_METHOD_APPROVAL, options=options, max_choices=1000)
     return BallotQueue(Poll(UUID(int=1), 1, OPEN, spec, {}, {}))
 
 
@@ -88,10 +89,19 @@ async def test_the_ballots_of_a_range_stay_in_their_order(monkeypatch: pytest.Mo
         assert [b for b in commits if b.startswith(voter)] == [b for b in cast if b.startswith(voter)]
 
 
+async def test_only_what_no_commit_has_taken_yet_waits_in_vain() -> None:
+    late, begun = submission(*single_choices(500)), submission(*single_choices(500))
+    first, second = begun.pieces()[:2]
+    assert ballot_box._in_time([first], 0.0) == [first]
+    pieces = [*late.pieces(), second]
+    assert ballot_box._in_time(pieces, ballot_box.WAIT_SECONDS + 1) == [second]
+    assert isinstance(late.verdicts.exception(), TimeoutError)
+
+
 async def test_the_last_piece_settles_a_submission() -> None:
     cast = single_choices(500)
     whole = submission(*cast)
-    pieces = [piece for piece in whole.pieces() if piece.ballots]
+    pieces = whole.pieces()
     refused = {cast.index(piece.ballots[0]) for piece in pieces[::2]}
     for version, piece in enumerate(reversed(pieces), 2):
         assert not whole.verdicts.done()
@@ -104,7 +114,7 @@ async def test_the_last_piece_settles_a_submission() -> None:
 
 async def test_a_piece_that_fails_ends_its_submission() -> None:
     whole = submission(*single_choices(500))
-    first, second, *_ = (piece for piece in whole.pieces() if piece.ballots)
+    first, second, *_ = whole.pieces()
     first.submission.fail(TimeoutError())
     second.submission.settle(second, Verdicts(recorded(2), {}))
     assert isinstance(whole.verdicts.exception(), TimeoutError)

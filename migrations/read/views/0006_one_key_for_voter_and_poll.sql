@@ -11,11 +11,12 @@ CREATE TABLE votes (
     recorded_at timestamptz NOT NULL,
     -- The first 12 bytes of the voter's key, then the poll's poll_no in 4 bytes, high byte first: so a voter's votes lie
     -- together, in the order of their polls. A second row for a voter would mean that an event was applied twice.
-    vote_key uuid PRIMARY KEY,
+    vote_key uuid NOT NULL,
     poll_no integer GENERATED ALWAYS AS (substring(uuid_send(vote_key) FROM 13)::integer) VIRTUAL
 );
 
 INSERT INTO votes (version, recorded_at, vote_key)
 SELECT version, recorded_at, encode(substring(uuid_send(voter_key) FOR 12) || int4send(poll_no), 'hex')::uuid
-FROM votes_by_voter ORDER BY voter_key, poll_no;
+FROM votes_by_voter;
+ALTER TABLE votes ADD PRIMARY KEY (vote_key);
 DROP TABLE votes_by_voter;
