@@ -173,7 +173,7 @@ class Postgres:
     async def _serves(self) -> bool:
         try:
             connection = await asyncpg.connect(self.admin_dsn, timeout=2)
-        except (asyncpg.CannotConnectNowError, asyncpg.PostgresConnectionError, asyncpg.InternalClientError):
+        except (asyncpg.OperatorInterventionError, asyncpg.PostgresConnectionError, asyncpg.InternalClientError):
             return False
         except asyncpg.InvalidPasswordError as error:
             raise Died(f"{self._data} was not made with the password in {self._data}.json") from error

@@ -21,7 +21,7 @@ _LOG_LIMIT_BYTES = 20 << 20
 _LAST_LINES = 10
 _PROBE_SECONDS = 2.0
 _SLOW_START_SECONDS = 10.0
-# A process that served this long gets its next restart without a pause.
+# A process that served this long gets its next restart after the shortest pause.
 _STABLE_SECONDS = 10.0
 _LEFTOVER_SECONDS = 5.0
 
@@ -147,10 +147,13 @@ class Process:
         return f"ended with status {self._status}"
 
     def last_lines(self) -> str:
-        """The last lines that it wrote since its start, each indented and after a line break."""
-        with self.log.open("rb") as log:
-            log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - 8192))
-            lines = log.read().decode(errors="replace").splitlines()[-_LAST_LINES:]
+        """The last lines that it wrote since its start, each indented and after a line break; none without a log."""
+        try:
+            with self.log.open("rb") as log:
+                log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - 8192))
+                lines = log.read().decode(errors="replace").splitlines()[-_LAST_LINES:]
+        except OSError:
+            return ""
         return "".join(f"\n    {line}" for line in lines)
 
     def new_lines(self) -> list[str]:
@@ -262,9 +265,11 @@ class Supervisor:
             await backoff.wait()
             try:
                 await process.start()
-            except (Died, OSError) as death:
-                # OSError: a full disk, for example. That is no reason to stop what still runs.
-                self._say(f"{death}\n{process.name} is started again, attempt {backoff.failures + 1}")
+            except Exception as error:  # noqa: BLE001 - a full disk, for example: no reason to stop what still runs
+                problem = str(error) or type(error).__name__
+                self._say(f"{problem}\n{process.name} is started again, attempt {backoff.failures + 1}")
+                # It may run although its probe failed, and then it could not be started.
+                await process.stop()
             else:
                 return
 

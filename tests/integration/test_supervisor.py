@@ -85,6 +85,29 @@ async def test_a_process_that_dies_is_started_again(tmp_path: Path) -> None:
     assert not (tmp_path / "processes.json").exists()
 
 
+async def test_a_lost_log_or_a_broken_probe_stops_nothing_else(tmp_path: Path) -> None:
+    broken = False
+
+    async def probe() -> bool:
+        nonlocal broken
+        if broken:
+            broken = False
+            raise ValueError("no answer that we know")
+        return True
+
+    sleeps = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"]
+    probed = Program(name="one", command=sleeps, ready=probe)
+    async with supervising(tmp_path, 5, probed, program(tmp_path, "two")) as watched:
+        first, other = watched.process("one").pid, watched.process("two").pid
+        assert first
+        (tmp_path / "logs" / "one.log").unlink()
+        broken = True
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: any("one serves again" in said for said in watched.said))
+        assert any(said.startswith("no answer that we know\n") for said in watched.said)
+        assert watched.process("two").pid == other
+
+
 async def test_restarts_come_at_growing_intervals(tmp_path: Path) -> None:
     starts = tmp_path / "starts"
     dies = (
