@@ -40,6 +40,9 @@ POOL_SECONDS = 3.0
 _BLOCK = re.compile(r"^-- (\w+): .+$", re.MULTILINE)
 # Whoever changes a schema holds this advisory lock.
 MIGRATION_LOCK = 0x74616C6C79
+_MIGRATION_LOCK_SECONDS = 60.0
+# The server ends the session of a migration whose client is gone after a minute, and with it the lock.
+_KEEPALIVE = {"tcp_keepalives_idle": "30", "tcp_keepalives_interval": "10", "tcp_keepalives_count": "3"}
 
 
 def queries(package: str, name: str = "queries.sql") -> SimpleNamespace:
@@ -105,10 +108,16 @@ async def migrate(dsn: str, folder: Traversable, schema: str = "public") -> list
     """Applies the numbered SQL files that this schema does not have yet, each in a transaction; returns their names.
 
     The schema is made where it is missing. Safe to run from several processes at once, and again after a crash.
+    Raises TimeoutError where somebody else holds the lock for more than a minute; a migration may take any time.
     """
-    connection = await connect_primary(dsn, timeout=10, server_settings={"search_path": schema})
+    connection = await connect_primary(dsn, timeout=10, server_settings=_KEEPALIVE | {"search_path": schema})
     try:
-        await connection.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK)
+        try:
+            await connection.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK, timeout=_MIGRATION_LOCK_SECONDS)
+        except TimeoutError:
+            raise TimeoutError(
+                f"another session has held the migration lock for {_MIGRATION_LOCK_SECONDS:g} s (pg_locks says which)"
+            ) from None
         if not await connection.fetchval("SELECT to_regnamespace($1)", schema):
             await connection.execute(f"CREATE SCHEMA {schema}")
         await connection.execute(

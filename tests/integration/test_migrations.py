@@ -10,6 +10,7 @@ from pathlib import Path
 from uuid import UUID
 
 import asyncpg
+import pytest
 
 import migrations
 from command_server.ballots import ballot_key, marking
@@ -63,3 +64,14 @@ async def test_the_views_keep_their_votes_under_the_new_key(read_dsn: str, tmp_p
     assert [tuple(row) for row in rows] == [
         (version, now, vote_key(key, poll_no), poll_no) for version, key in enumerate(voters) for poll_no in (1, 300)
     ]
+
+
+async def test_a_lock_that_is_never_released_is_said(write_dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres, "_MIGRATION_LOCK_SECONDS", 0.2)
+    holder = await asyncpg.connect(write_dsn)
+    try:
+        await holder.execute("SELECT pg_advisory_lock($1)", postgres.MIGRATION_LOCK)
+        with pytest.raises(TimeoutError, match="migration lock"):
+            await migrations.migrate_write(write_dsn)
+    finally:
+        await holder.close()
