@@ -185,6 +185,9 @@ async def _start_services(supervisor: Supervisor, directory: Path, addresses: Ma
     variables = {**addresses, "TALLY_VOTER_SECRET": secret}
     shared = {name: value for name, value in os.environ.items() if name not in variables}
     metrics_host, _, metrics_port = shared.get("TALLY_METRICS_LISTEN", "").rpartition(":")
+    # A wrong number is refused by the servers themselves, with a clear message.
+    given = shared.get("TALLY_WORKERS", "")
+    workers = int(given) if given.isdecimal() else 1
     (directory / "ready").mkdir(exist_ok=True)
     programs = []
     for number, service in enumerate(_SERVICES):
@@ -192,8 +195,8 @@ async def _start_services(supervisor: Supervisor, directory: Path, addresses: Ma
         environment = shared | {name: variables[name] for name in (*service.variables, service.listens) if name}
         environment["TALLY_READY_FILE"] = str(ready_file)
         if metrics_port.isdecimal():
-            # Each has its own: the one that is set, and those after it.
-            environment["TALLY_METRICS_LISTEN"] = f"{metrics_host}:{int(metrics_port) + number}"
+            # Each has its own, and as many as a server has workers: the one that is set, and those after it.
+            environment["TALLY_METRICS_LISTEN"] = f"{metrics_host}:{int(metrics_port) + number * workers}"
         programs.append(
             Program(
                 name=service.name,

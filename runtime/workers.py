@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
@@ -27,6 +28,8 @@ Chosen = TypeVar("Chosen", bound=ServerSettings)
 
 _STOP_SECONDS = 8.0
 _LOOK_SECONDS = 0.05
+# A worker that ran this long is replaced after the shortest pause.
+_STABLE_SECONDS = 10.0
 
 
 def settings_from(arguments: Sequence[str], module: str, settings: type[Chosen]) -> Chosen:
@@ -71,12 +74,15 @@ async def _keep(command: Sequence[str], settings: Mapping[str, str]) -> None:
     environment = os.environ | {PREFIX + name.upper(): value for name, value in settings.items()}
     backoff = Backoff(longest=5.0)
     while True:
+        began = time.monotonic()
         child = await asyncio.create_subprocess_exec(*leashed(command, signal.SIGTERM), env=environment)
         try:
             code = await child.wait()
         except asyncio.CancelledError:
             await _end(child)
             raise
+        if time.monotonic() - began > _STABLE_SECONDS:
+            backoff.reset()
         log.error("a worker died", pid=child.pid, code=code, failures=backoff.failures + 1)
         await backoff.wait()
 
