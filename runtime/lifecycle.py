@@ -59,11 +59,11 @@ class Backoff:
         self.failures = 0
 
     async def wait(self) -> None:
-        # Bounded before it grows: an int of more than 1,024 bits is no float.
         task = asyncio.current_task()
         if task and task.cancelling():
             # In Python 3.11 a task group that is cancelled while one of its tasks fails raises only the failure.
             raise asyncio.CancelledError
+        # Bounded before it grows: an int of more than 1,024 bits is no float.
         pause = min(self._first * 2 ** min(self.failures, 30), self._longest)
         self.failures += 1
         await asyncio.sleep(pause)

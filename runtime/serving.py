@@ -172,6 +172,9 @@ class _Wrapping:
             try:
                 check_first(request)
                 response = await handler(request, context)
+            except asyncio.CancelledError:
+                _calls.ended(method, "CANCELLED")
+                raise
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
                 await self._refuse(method, context, error)
             times.add(time.perf_counter() - started)
@@ -186,6 +189,9 @@ class _Wrapping:
             try:
                 check(request)
                 await handler(request, context)
+            except asyncio.CancelledError:
+                _calls.ended(method, "CANCELLED")
+                raise
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
                 await self._refuse(method, context, error)
             _calls.ended(method, "OK")
@@ -198,6 +204,9 @@ class _Wrapping:
         async def call(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> None:
             try:
                 await handler(_checked(requests), context)
+            except asyncio.CancelledError:
+                _calls.ended(method, "CANCELLED")
+                raise
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
                 await self._refuse(method, context, error)
             _calls.ended(method, "OK")
@@ -208,6 +217,9 @@ class _Wrapping:
         async def call(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
                 response = await handler(_checked(requests), context)
+            except asyncio.CancelledError:
+                _calls.ended(method, "CANCELLED")
+                raise
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
                 await self._refuse(method, context, error)
             _calls.ended(method, "OK")
