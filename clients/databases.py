@@ -7,6 +7,10 @@ import asyncpg
 
 from clients.failures import Failure
 from migrations import migrate_read, migrate_write
+from runtime import postgres
+
+# What a database makes of an address that is wrong, or of being the wrong one, or away.
+FAILURES = (*postgres.UNAVAILABLE, asyncpg.PostgresError, ValueError)
 
 _MIGRATE = {"write": migrate_write, "read": migrate_read}
 
@@ -29,12 +33,17 @@ def find_store(setting: str, given: str | None, data_dir: Path) -> str:
         raise Failure(f"{record} does not say what {setting} is; set it") from None
 
 
+def reason(error: Exception) -> str:
+    """Why a store cannot be used, in one line that names no password."""
+    if isinstance(error, ValueError):
+        # Its text quotes what it could not read of the address, which may be a part of the password.
+        return "its address is not valid"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 async def migrate(name: str, dsn: str) -> list[str]:
     """Brings the `write` or `read` database up to date; returns the files that it lacked. Raises Failure."""
     try:
         return await _MIGRATE[name](dsn)
-    except (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        # Neither of them names the password.
-        raise Failure(
-            f"the {name} database was not migrated: {' '.join(str(error).split()) or type(error).__name__}"
-        ) from None
+    except FAILURES as error:
+        raise Failure(f"the {name} database was not migrated: {reason(error)}") from None

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Set
 from typing import NamedTuple
 from uuid import UUID
 
+from clients.databases import FAILURES, reason
 from clients.failures import Failure
 from contracts.bus import REPUBLISH, republish_request
 from contracts.dead_letters import DeadLetter
@@ -32,12 +33,11 @@ async def read_all(stores: Mapping[str, str]) -> tuple[dict[str, list[DeadLetter
     found: dict[str, list[DeadLetter]] = {}
     unanswered: dict[str, str] = {}
     for name, store in stores.items():
-        failures: tuple[type[Exception], ...] = (*KINDS[name].failures, ValueError)
+        failures: tuple[type[Exception], ...] = (*KINDS[name].failures, *FAILURES)
         try:
             found[name] = await _read(name, store)
         except failures as error:
-            # None of them names the password.
-            unanswered[name] = " ".join(str(error).split()) or type(error).__name__
+            unanswered[name] = reason(error)
     return found, unanswered
 
 

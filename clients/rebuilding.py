@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import structlog
 from redis.exceptions import RedisError
 
-from clients.databases import find_store
+from clients.databases import FAILURES, find_store, reason
 from clients.failures import Failure
 from clients.progress import Progress
 from contracts.read_models import READ_MODELS
@@ -20,7 +19,7 @@ from projector.event_log import EventLog, Incomplete
 from projector.projection import Displaced
 from projector.rebuild import Rebuild, copies
 
-_FAILURES = (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError, RedisError, Displaced)
+_FAILURES = (*FAILURES, RedisError, Displaced)
 
 
 def say_warnings() -> None:
@@ -53,10 +52,8 @@ class Rebuilding:
                 f"{self.read_model} was not switched: TALLY_WRITE_DSN lacks events that readers have seen: {error}"
             ) from None
         except _FAILURES as error:
-            # None of them names a password.
-            reason = " ".join(str(error).split()) or type(error).__name__
             after = "was switched, but the old copy is left" if self.switched else "is as it was; run it again"
-            raise Failure(f"the rebuild was broken off, {self.read_model} {after}: {reason}") from None
+            raise Failure(f"the rebuild was broken off, {self.read_model} {after}: {reason(error)}") from None
 
     async def _rebuild(self, log: EventLog) -> None:
         if not await log.lead(self.read_model):

@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import asyncpg
 import grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
+from clients.databases import FAILURES, reason
 from clients.failures import Failure
 from clients.output import say
 from contracts.read_models import READ_MODELS
@@ -173,10 +173,8 @@ async def _start_stores(supervisor: Supervisor, directory: Path) -> dict[str, st
     for variable, migrate in (("TALLY_WRITE_DSN", migrate_write), ("TALLY_READ_DSN", migrate_read)):
         try:
             await migrate(stores[variable])
-        except (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            raise Failure(
-                f"{variable}: the database cannot be migrated: {str(error) or type(error).__name__}"
-            ) from None
+        except FAILURES as error:
+            raise Failure(f"{variable}: the database cannot be migrated: {reason(error)}") from None
     return stores
 
 
@@ -270,7 +268,8 @@ def _show(listen: Mapping[str, str], stores: Mapping[str, str], directory: Path)
 
 
 def _without_password(url: str) -> str:
-    return re.sub(r"(?<=//):[^@/,]*@|:[^:@/,]*(?=@)", "", url.partition("?")[0])
+    # All before the last @ of each address: a password, or NATS' token alone, may have any of ":/?,@" in it.
+    return re.sub(r"(^|,)(\w+://)?(?:(?!,\w+://).)*@", r"\1\2", url).partition("?")[0]
 
 
 def _say(text: str) -> None:

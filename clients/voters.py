@@ -71,7 +71,7 @@ class RollFile:
             elif self.weight_column is None:
                 yield line, cells[0], 1, ""
             # Digits only: int() would also take " 7_0 ".
-            elif (text := cells[1]).isdecimal() and 1 <= (weight := int(text[:20])) <= MAX_WEIGHT:
+            elif (text := cells[1]).isdecimal() and len(text) <= 20 and 1 <= (weight := int(text)) <= MAX_WEIGHT:
                 yield line, cells[0], weight, ""
             else:
                 yield line, "", 0, f"weight: {text[:20]!r} is not a whole number from 1 to {MAX_WEIGHT:,}"

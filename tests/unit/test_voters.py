@@ -30,7 +30,7 @@ def test_a_plain_list_has_no_header(tmp_path: Path) -> None:
 
 
 def test_every_faulty_row_is_known_by_its_line(tmp_path: Path) -> None:
-    weights = ["0", "1000001", "", "-1", "1.5", " 1", "1_0", "²", "9" * 5_000]
+    weights = ["0", "1000001", "", "-1", "1.5", " 1", "1_0", "²", "9" * 5_000, "0" * 19 + "15"]
     path = tmp_path / "roll.csv"
     rows = [*(f"v{number},{weight}" for number, weight in enumerate(weights)), ",1", f"{'x' * 257},1", "a", "good,7"]
     path.write_text("id,weight\n" + "\n".join(rows))
@@ -41,7 +41,7 @@ def test_every_faulty_row_is_known_by_its_line(tmp_path: Path) -> None:
     assert "weight: '0' is not a whole number from 1 to 1,000,000" in survey.faults[0]
     assert "voter_id: has 0 characters" in survey.faults[-3]
     assert "1 cells and the header 2" in survey.faults[-1]
-    assert read(file) == [(14, "good", 7)]
+    assert read(file) == [(15, "good", 7)]
 
 
 def test_many_faults_are_counted_and_few_are_kept(tmp_path: Path) -> None:
