@@ -71,7 +71,7 @@ class BallotFile:
         return Survey(digest.hexdigest(), ranked, votes, faulty, blank, ignored)
 
     def ballots(self, survey: Survey) -> Iterator[Ballot]:
-        """Reads the file again. Raises UnusableFile at its end where it is not the file that was surveyed."""
+        """Reads the file again. Raises ChangedFile at its end where it is not the file that was surveyed."""
         option_ids = {choice: option_id(choice) for choice in survey.choices}
         for line, cells, voter_id, fault in self._rows(self._sheet.rows_again(survey.digest), survey.digest):
             if fault:

@@ -39,6 +39,7 @@ from clients.options import (
 from clients.output import Output, console, plain, print_fields, print_json, say
 from clients.progress import Progress
 from clients.registering import Registration
+from clients.sheets import ChangedFile
 from clients.status import status
 from clients.voters import RollFile
 from clients.watchers import voting_method
@@ -203,6 +204,10 @@ def import_file(
     new_poll: Annotated[
         bool, typer.Option("--new-poll", help="Create another poll even where the file was imported before.")
     ] = False,
+    content: Annotated[
+        str | None,
+        typer.Option(metavar="DIGEST", help="Refuse a file with another content; a command to go on with has it."),
+    ] = None,
     close: Annotated[bool, typer.Option("--close/--keep-open", help="Close the poll after the last row.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show the counts as they grow, on stderr.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, max=20_000, help="Votes in a batch.")] = 2_000,
@@ -229,6 +234,8 @@ def import_file(
     choice_columns = tuple(dict.fromkeys(choice_column))
     ballots = BallotFile(file, choice_columns, voter_column, frozenset(ignore_choice or ()))
     survey = ballots.survey()
+    if content not in (None, survey.digest):
+        raise Failure(f"{file}: the file has changed since that import; to go on would count its ballots anew")
     if poll is None and len(survey.choices) < 2:
         raise Failure(f"{file}: {ballots.columns_named} {len(survey.choices)} choices; a poll needs two or more")
     method = VotingMethod.VOTING_METHOD_SINGLE_CHOICE
@@ -252,7 +259,11 @@ def import_file(
     asyncio.run(_import(plan, *addresses, outcome))
     _report(plan, outcome, output)
     if outcome.interrupted or outcome.failure:
-        if outcome.poll_id and not isinstance(outcome.failure, PollTakesNoVotes):
+        if outcome.closed:
+            say(f"every row was answered and the poll is closed; see tally results {outcome.poll_id}")
+        elif outcome.poll_id and isinstance(outcome.failure, ChangedFile):
+            say(f"what was cast counts in poll {outcome.poll_id}; to start over: tally poll cancel {outcome.poll_id}")
+        elif outcome.poll_id and not isinstance(outcome.failure, PollTakesNoVotes):
             options = {"--command-address": command_address, "--query-address": query_address}
             say("to go on: " + shlex.join(_continuation(plan, outcome, options, data_dir)))
         sys.exit(_INTERRUPTED if outcome.interrupted else 1)
@@ -496,6 +507,8 @@ def _continuation(plan: Import, outcome: Outcome, places: dict[str, str | None],
     options = {
         "--poll": outcome.poll_id,
         "--voter-column": file.voter_column,
+        # Without that column, another content would make other voters, and every ballot count twice.
+        "--content": plan.survey.digest if file.voter_column is None else None,
         **places,
         "--data-dir": None if data_dir == DEFAULT_DATA_DIR else str(data_dir),
     }

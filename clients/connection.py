@@ -29,11 +29,14 @@ CALL_SECONDS = 9.0
 RETRY_SECONDS = 3.0
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 2.0
+# By then the longest pause is reached; without a bound, hours of failures are more than a float can hold.
+_MOST_DOUBLINGS = 10
 
 _OPTIONS = [
     # A server that comes back is noticed by our own next attempt, not after gRPC's backoff of up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    # gRPC takes this for how long an attempt to connect may last; a server on another continent needs some of it.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 500),
     # Notices a dead peer on a quiet stream. The servers allow a ping every 10 s.
     ("grpc.keepalive_time_ms", 20_000),
@@ -60,6 +63,11 @@ class Refused(Failure):
     def __init__(self, text: str, reason: str) -> None:
         super().__init__(text)
         self.reason = reason
+
+
+def not_opened(poll_id: str, refused: Refused) -> Failure:
+    """Why a poll that was created did not open. It names the poll, which nobody has been told of yet."""
+    return Failure(f"{refused}; poll {poll_id} was created and may still be a draft: tally poll open {poll_id}")
 
 
 @dataclass(frozen=True)
@@ -211,7 +219,7 @@ class Patience:
             return None
         retry = _details(error)[1] if error else None
         asked: float = retry.retry_delay.ToTimedelta().total_seconds() if retry else 0.0
-        growing: float = min(_FIRST_PAUSE * 2**self._failures, _LONGEST_PAUSE)
+        growing: float = min(_FIRST_PAUSE * 2 ** min(self._failures, _MOST_DOUBLINGS), _LONGEST_PAUSE)
         self._failures += 1
         # Half of it is random, so that many clients of one server do not come back all at once.
         return min(max(asked, growing * random.uniform(0.5, 1)), left)

@@ -25,7 +25,7 @@ from tally.query.v1.query_service_pb2 import GetPollRequest, GetResultsRequest, 
 from clients.ballots import MAX_LABEL, Ballot, BallotFile, Survey, option_id
 from clients.batches import divided
 from clients.charts import state_name
-from clients.connection import CommandServer, Patience, QueryServer, Refused, is_transient
+from clients.connection import CommandServer, Patience, QueryServer, Refused, is_transient, not_opened
 from clients.failures import Failure
 from clients.progress import Progress
 from clients.watchers import ENDED, watch
@@ -70,6 +70,8 @@ class Outcome:
     """How far an import has got. It is complete where there is no `failure` and it was not interrupted."""
 
     poll_id: str = ""
+    closed: bool = False
+    """The import closed the poll: every vote is recorded, and there is nothing to go on with."""
     accepted: int = 0
     already_recorded: int = 0
     rejected: int = 0
@@ -125,7 +127,7 @@ class Import:
             async with _interruptible(casting), asyncio.TaskGroup() as tasks:
                 showing: asyncio.Task[None] | None = None
                 try:
-                    outcome.poll_id, token = await self._open_poll(commands, queries)
+                    outcome.poll_id, token = await self._open_poll(commands, queries, outcome, progress)
                     progress.say(f"poll {outcome.poll_id}")
                     if self.watch:
                         showing = tasks.create_task(_show(queries, outcome.poll_id, token, progress))
@@ -141,15 +143,28 @@ class Import:
             if not outcome.interrupted:
                 raise
 
-    async def _open_poll(self, commands: CommandServer, queries: QueryServer) -> tuple[str, str]:
-        """The poll and its consistency token; of a poll that somebody else made, there is no token."""
+    async def _open_poll(
+        self, commands: CommandServer, queries: QueryServer, outcome: Outcome, progress: Progress
+    ) -> tuple[str, str]:
+        """The poll and its consistency token; of a poll that somebody else made, there is no token. The outcome names a
+        poll that was created and not opened."""
         poll_id, token = self.poll_id, ""
         if poll_id is None:
             identity = uuid.uuid4() if self.new_poll else self._identity()
             create = CreatePollRequest(request_id=str(identity), poll=self._spec())
-            poll_id = (await commands.call(commands.stub.CreatePoll, create)).poll_id
+            created = await commands.call(
+                commands.stub.CreatePoll, create, retry_for=self.retry_for, on_lost=progress.lost
+            )
+            poll_id = created.poll_id
             opening = OpenPollRequest(request_id=str(uuid.uuid5(identity, "open")), poll_id=poll_id)
-            token = (await commands.call(commands.stub.OpenPoll, opening)).consistency_token
+            try:
+                opened = await commands.call(
+                    commands.stub.OpenPoll, opening, retry_for=self.retry_for, on_lost=progress.lost
+                )
+            except Refused as error:
+                outcome.poll_id = poll_id
+                raise not_opened(poll_id, error) from None
+            token = opened.consistency_token
         # Whether the poll takes votes is for the command server to say. But a poll never opens again: where the read
         # side knows that it is closed, that is said before a vote is sent.
         try:
@@ -178,6 +193,7 @@ class Import:
                 commands.stub.ClosePoll, close, retry_for=self.retry_for, on_lost=progress.lost
             )
             tokens = [answer.consistency_token]
+            outcome.closed = True
         clock = asyncio.get_running_loop().time
         started = clock()
         for token in tokens:

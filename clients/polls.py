@@ -37,7 +37,7 @@ from tally.query.v1.query_service_pb2 import (
 
 from clients import specs
 from clients.charts import disagreement, results_table, state_name
-from clients.connection import Address, CommandServer, QueryServer, command, find_address, query
+from clients.connection import Address, CommandServer, QueryServer, Refused, command, find_address, not_opened, query
 from clients.options import (
     DEFAULT_DATA_DIR,
     CommandAddress,
@@ -363,7 +363,10 @@ async def _create(address: Address, spec: PollSpec, *, opened: bool) -> CreatePo
         response = await commands.call(commands.stub.CreatePoll, request)
         if opened:
             opening = OpenPollRequest(request_id=str(uuid.uuid4()), poll_id=response.poll_id)
-            answer = await commands.call(commands.stub.OpenPoll, opening)
+            try:
+                answer = await commands.call(commands.stub.OpenPoll, opening)
+            except Refused as refused:
+                raise not_opened(response.poll_id, refused) from None
             response.consistency_token = answer.consistency_token
         return response
 

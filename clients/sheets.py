@@ -25,6 +25,10 @@ class UnusableFile(Failure):
     """The file cannot be used; the text says where it is wrong."""
 
 
+class ChangedFile(UnusableFile):
+    """The file is not the one that was read before."""
+
+
 @dataclass(frozen=True)
 class Sheet:
     """A file (.csv, .csv.gz or .csv.xz; UTF-8) of which some columns are wanted.
@@ -56,11 +60,11 @@ class Sheet:
             raise UnusableFile(f"{self.path}: line {line}: not valid CSV: {error}") from None
 
     def rows_again(self, digest: str) -> Iterator[Row]:
-        """The same rows. Raises UnusableFile at their end where the content is not the one with this digest, in hex."""
+        """The same rows. Raises ChangedFile at their end where the content is not the one with this digest, in hex."""
         read = new_digest()
         yield from self.rows(read)
         if read.hexdigest() != digest:
-            raise UnusableFile(f"{self.path}: the file changed while it was being read")
+            raise ChangedFile(f"{self.path}: the file changed while it was being read")
 
     def _layout(self, reader: Iterator[list[str]]) -> tuple[list[int], int]:
         """Where the wanted columns are, and how many there are in all."""

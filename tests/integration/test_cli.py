@@ -819,6 +819,38 @@ async def test_ctrl_c_waits_for_answers_and_says_how_to_go_on(cli: Cli) -> None:
     assert counts(finished["results"]) == election()
 
 
+@pytest.mark.parametrize("during", [True, False], ids=["while it is read", "after an interruption"])
+async def test_a_file_that_changed_is_not_counted_again(cli: Cli, tmp_path: Path, during: bool) -> None:
+    """Without a column of voters a row's voter is its place in the content: another content would be other voters."""
+    path, content = tmp_path / "votes.csv", "vote\n" + "red\nblue\n" * 20_000
+    path.write_text(content)
+    process = await cli.start(
+        *("import", str(path), "--title", f"Changed {uuid4()}", "--choice-column", "vote"),
+        *("--batch-size", "50", "--in-flight", "1"),
+    )
+    assert process.stderr
+    poll_id = (await next_line(process.stderr)).decode().split()[-1]
+    while b"rows (" not in await next_line(process.stderr):
+        pass
+    if during:
+        with path.open("a") as file:
+            file.write("red\n")
+    else:
+        process.send_signal(signal.SIGINT)
+    async with asyncio.timeout(60):
+        outcome = await ended(process)
+    if during:
+        assert outcome.code == 1
+        assert "to go on" not in outcome.err
+        assert re.search(rf"the file changed.*tally poll cancel {poll_id}", outcome.err, re.DOTALL)
+        return
+    again = continuation(outcome)
+    path.write_text(content + "red\n")
+    assert "has changed since that import" in await cli.refused(*again)
+    path.write_text(content)
+    assert counts((await cli.data(*again))["results"]) == {"red": 20_000, "blue": 20_000}
+
+
 async def test_a_poll_that_is_closed_under_an_import_ends_it(cli: Cli) -> None:
     process = await cli.start(
         *("import", str(ELECTION), "--title", f"Closed {uuid4()}", *FIRST_CHOICES),

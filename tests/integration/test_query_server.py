@@ -1226,6 +1226,19 @@ async def test_cancelled_watchers_leave_nothing_behind(server: QueryServiceAsync
     await until(lambda: len(asyncio.all_tasks()) <= before)
 
 
+async def test_a_cancelled_call_is_counted(server: QueryServiceAsyncStub, models: ReadModels) -> None:
+    labels = {"method": "/tally.query.v1.QueryService/WatchResults", "code": "CANCELLED"}
+
+    def cancelled() -> float:
+        return REGISTRY.get_sample_value("grpc_server_handled_total", labels) or 0
+
+    before = cancelled()
+    watch = Watch(server, await models.poll())
+    await watch.next()
+    watch.call.cancel()
+    await until(lambda: cancelled() == before + 1)
+
+
 async def test_a_subscription_that_nobody_waits_for_any_more_is_ended(network: Network, models: ReadModels) -> None:
     poll_id = await models.poll()
     network.to_redis.silence()
