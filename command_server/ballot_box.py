@@ -59,7 +59,7 @@ _failures = Count("tally_commit_failures", "Attempts to commit that failed.")
 _duplicates = Count("tally_commit_duplicates", "Batches that held a voter who had voted before.")
 
 
-# SQLSTATE of log_votes where the poll takes no votes.
+# SQLSTATE of record_votes where the poll takes no votes.
 _NOT_OPEN = "TA001"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 

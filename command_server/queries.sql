@@ -49,7 +49,7 @@ SELECT state FROM polls WHERE poll_no = $1
 SELECT version, recorded_at FROM record_votes($1, $2, $3, $4, $5)
 
 -- log_votes: the event of a batch whose votes are inserted already
-SELECT version, recorded_at FROM log_votes($1, $2, $3)
+SELECT version, recorded_at FROM record_votes($1, $2, '{}', '{}', $3)
 
 -- find_weights: those of these voters that are on the roll
 SELECT ballot_key, weight FROM roll WHERE ballot_key = ANY ($1::uuid[])
