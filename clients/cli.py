@@ -36,7 +36,7 @@ from clients.options import (
     QueryAddress,
     RetryFor,
 )
-from clients.output import Output, console, plain, print_fields, print_json, say
+from clients.output import Output, console, plain, print_fields, print_json, say, say_warnings
 from clients.progress import Progress
 from clients.registering import Registration
 from clients.sheets import ChangedFile
@@ -71,6 +71,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         # A label that the terminal's encoding does not have must not end a count.
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    say_warnings()
     try:
         app()
     except Failure as failure:
@@ -373,11 +374,10 @@ def rebuild(
     """
     if read_model not in READ_MODELS:
         raise typer.BadParameter(f"there is no read model {read_model}; there are {', '.join(READ_MODELS)}")
-    from clients.rebuilding import Rebuilding, say_warnings  # noqa: PLC0415 - as above
+    from clients.rebuilding import Rebuilding  # noqa: PLC0415 - as above
 
     given = {"TALLY_WRITE_DSN": write_dsn, "TALLY_READ_DSN": read_dsn, "TALLY_REDIS_URL": redis_url}
     rebuilding = Rebuilding(read_model, given, data_dir)
-    say_warnings()
     try:
         asyncio.run(rebuilding.run())
     except KeyboardInterrupt:

@@ -65,8 +65,11 @@ async def replay(stores: Mapping[str, str], nats_url: str, polls: Set[str] | Non
                 await asyncio.sleep(_LOOK_SECONDS)
                 now = await _parked(stores)
                 waiting = {key: letter for key, letter in waiting.items() if not _is_tried(letter, now.get(key))}
-    except* nats.UNAVAILABLE as failures:
-        raise Failure(f"NATS does not answer: {type(failures.exceptions[0]).__name__}") from None
+    except* (Failure, *nats.UNAVAILABLE) as failures:
+        first = failures.exceptions[0]
+        if not isinstance(first, Failure):
+            first = Failure(f"NATS does not answer: {type(first).__name__}")
+        raise first from None
     return Outcome(
         applied=[(name, letter) for (name, poll_id), letter in before.items() if (name, poll_id) not in now],
         parked_again=[(key[0], now[key]) for key in before if key in now and key not in waiting],

@@ -1,10 +1,12 @@
 """What the command line prints: data on stdout, as text or as JSON, and what it says about its work on stderr."""
 
 import json
+import logging
 import sys
 from enum import StrEnum
 from typing import Any
 
+import structlog
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
@@ -58,6 +60,14 @@ def print_fields(fields: dict[str, str]) -> None:
 def say(text: str) -> None:
     """Says something about the work that is under way, or what came of it."""
     print(text, file=sys.stderr, flush=True)
+
+
+def say_warnings() -> None:
+    """What the machinery logs is said too, where it is a warning or worse."""
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
 
 
 def shown(text: str, style: str = "") -> Text:

@@ -1,12 +1,9 @@
 """The rebuild of a read model, as a command."""
 
-import logging
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import structlog
 from redis.exceptions import RedisError
 
 from clients.databases import FAILURES, find_store, reason
@@ -20,14 +17,6 @@ from projector.projection import Displaced
 from projector.rebuild import Rebuild, copies
 
 _FAILURES = (*FAILURES, RedisError, Displaced)
-
-
-def say_warnings() -> None:
-    """What the machinery logs is said on stderr, where it is a warning or worse."""
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 class Rebuilding:

@@ -7,9 +7,12 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
+import pytest
 from tally.event.v1.event_pb2 import Event
 from tally.query.v1.query_service_pb2 import (
     GetPollRequest,
@@ -18,8 +21,13 @@ from tally.query.v1.query_service_pb2 import (
     ReadModelStatus,
 )
 
+from clients import letters
+from clients.failures import Failure
+from contracts.dead_letters import DeadLetter
+from runtime.embedded import Stores
 from tests.event_log import EventLog, WrittenPoll, event_log, sql
 from tests.processes import eventually
+from tests.proxy import proxy
 from tests.system import System
 
 READ_MODELS = ["live", "views", "documents"]
@@ -116,3 +124,31 @@ async def test_what_cannot_be_replayed_is_said(system: System) -> None:
     code, outcome = await tally(system, "list", "--redis-url", "redis://127.0.0.1:9")
     assert code == 1
     assert (outcome["dead_letters"], list(outcome["unanswered"])) == ([], ["live"])
+    # What the client of NATS logs is not among the data.
+    assert await tally(system, "replay", "--all", "--nats-url", "nats://127.0.0.1:9") == (
+        1,
+        "NATS does not answer: Unreachable\n",
+    )
+
+
+@pytest.mark.parametrize("lost", ["the store of live", "NATS"])
+async def test_what_goes_away_during_a_replay_is_told(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    letter = DeadLetter(str(uuid4()), 4, 5, 7, "field 99", "unknown", datetime.now(UTC), UNKNOWN)
+    found: dict[str, list[DeadLetter]] = {}
+    server, _, port = stores.nats_url.rpartition(":")
+    async with proxy(int(port)) as nats:
+
+        async def read_all(_: Mapping[str, str]) -> tuple[dict[str, list[DeadLetter]], dict[str, str]]:
+            if not found:
+                found["live"] = [letter]
+                return found, {}
+            if lost == "NATS":
+                await nats.cut()
+                return found, {}
+            return {}, {"live": "connection refused"}
+
+        monkeypatch.setattr(letters, "read_all", read_all)
+        with pytest.raises(Failure, match=f"^{lost} does not answer: "):
+            await letters.replay({}, f"{server}:{nats.port}", None, 10)
