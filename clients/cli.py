@@ -1,6 +1,7 @@
 """The command line `tally`."""
 
 import asyncio
+import os
 import shlex
 import sys
 from contextlib import aclosing, nullcontext
@@ -47,6 +48,7 @@ from clients.watchers import watch as watch_results
 from contracts.read_models import READ_MODELS
 
 _INTERRUPTED = 130
+_WRONG_USAGE = 2
 _SOME_REJECTED = 3
 _SOME_MISSING = 3
 _POLLS_OF_A_QUESTION = 100
@@ -72,11 +74,25 @@ def main() -> None:
         # A label that the terminal's encoding does not have must not end a count.
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     say_warnings()
+    if unreadable := _unreadable():
+        say(f"{unreadable} is not valid UTF-8")
+        sys.exit(_WRONG_USAGE)
     try:
         app()
     except Failure as failure:
         say(str(failure))
         sys.exit(1)
+
+
+def _unreadable() -> str:
+    """Which argument or variable is not UTF-8; empty where all are, or are names of files, which may have any bytes."""
+    given = {f"argument {number}": text for number, text in enumerate(sys.argv[1:], 1)}
+    given |= {name: text for name, text in os.environ.items() if name.startswith("TALLY_")}
+    for name, text in given.items():
+        # Python puts a lone surrogate in the place of such a byte.
+        if any("\ud800" <= c <= "\udfff" for c in text) and not os.path.lexists(text):
+            return name
+    return ""
 
 
 @app.command()

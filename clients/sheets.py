@@ -41,8 +41,6 @@ class Sheet:
 
     def rows(self, digest: "hashlib.blake2b") -> Iterator[Row]:
         """Every row that is not empty. `digest` takes in the decompressed content. Raises UnusableFile."""
-        if self.path.exists() and not self.path.is_file():
-            raise UnusableFile(f"{self.path}: not a file that can be read twice")
         # Strict: an unclosed quote would otherwise swallow the rest of the file, silently.
         reader = csv.reader(self._lines(digest), strict=True)
         line = 1
@@ -85,6 +83,8 @@ class Sheet:
     def _lines(self, digest: "hashlib.blake2b") -> Iterator[str]:
         number = 0
         try:
+            if self.path.exists() and not self.path.is_file():
+                raise UnusableFile(f"{self.path}: not a file that can be read twice")
             with _open(self.path) as file:
                 while data := file.readline(_MAX_LINE):
                     number += 1

@@ -80,10 +80,14 @@ def run(data_dir: Path, command_port: int, query_port: int, verbose: bool) -> No
 def _only_one(directory: Path) -> Iterator[None]:
     """Holds the lock of the data directory, which is created. Raises Failure if another `tally up` holds it."""
     try:
+        # The stores' configuration files name it.
+        str(directory).encode()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = (directory / "lock").open("a+")
     except OSError as error:
         raise Failure(f"{directory} cannot be the data directory: {error.strerror}") from None
+    except UnicodeEncodeError:
+        raise Failure(f"{directory} cannot be the data directory: its name is not valid UTF-8") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -648,6 +648,15 @@ def test_wrong_usage_is_exit_code_2() -> None:
     assert [(outcome.exit_code, outcome.stdout) for outcome in outcomes] == [(2, "")] * len(wrong)
 
 
+async def test_what_is_not_utf_8_is_wrong_usage_unless_it_names_a_file(cli: Cli, tmp_path: Path) -> None:
+    assert await cli.run("vote", str(uuid4()), "ann\udce9", "yes") == (2, "", "argument 3 is not valid UTF-8\n")
+    outcome = await cli.run("poll", "list", TALLY_QUERY_ADDRESS="caf\udce9:1")
+    assert (outcome.code, outcome.err) == (2, "TALLY_QUERY_ADDRESS is not valid UTF-8\n")
+    roll = tmp_path / "caf\udce9.csv"
+    roll.write_text("anna\n")
+    assert "POLL_NOT_FOUND" in await cli.refused("register", str(uuid4()), str(roll))
+
+
 async def test_servers_are_found_in_three_ways(cli: Cli, tmp_path: Path) -> None:
     elsewhere = copy(cli)
     elsewhere.directory = tmp_path

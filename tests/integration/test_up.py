@@ -220,6 +220,15 @@ async def test_stores_that_are_given_are_used(tmp_path: Path, write_dsn: str, re
         assert await sql(write_dsn, "SELECT count(*) FROM polls") == [(1,)]
 
 
+async def test_a_data_directory_that_the_stores_cannot_name_is_refused(tmp_path: Path) -> None:
+    directory = tmp_path / "caf\udce9"
+    directory.mkdir()
+    up = await start(directory)
+    assert await up.end() == 1
+    assert up.printed.endswith("cannot be the data directory: its name is not valid UTF-8\n")
+    assert not list(directory.iterdir())
+
+
 async def test_a_database_that_does_not_answer_ends_the_start(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]

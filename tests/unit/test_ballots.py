@@ -145,6 +145,8 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         BallotFile(tmp_path / "none.csv", ("choice",)).survey()
     with pytest.raises(UnusableFile, match="not a file"):
         BallotFile(tmp_path, ("choice",)).survey()
+    with pytest.raises(UnusableFile, match="File name too long"):
+        BallotFile(tmp_path / ("x" * 256), ("choice",)).survey()
 
 
 @pytest.mark.parametrize("name", ["votes.csv.gz", "votes.csv.xz"])
