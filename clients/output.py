@@ -34,12 +34,12 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def plain(message: Message) -> dict[str, Any]:
-    """A message as JSON data: proto field names, every field present, enums by name, int64 as numbers. An optional
-    field that is absent is null: its 0 would be a value."""
+    """A message as JSON data: proto field names, every field present, enums by name, int64 as numbers. A message or an
+    optional field that is absent is null: an empty one or its 0 would be a value."""
     data: dict[str, Any] = MessageToDict(
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
-    _numbers(message.DESCRIPTOR, data)
+    _complete(message.DESCRIPTOR, data)
     return data
 
 
@@ -75,15 +75,15 @@ def shown(text: str, style: str = "") -> Text:
     return Text("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text), style=style, overflow="fold")
 
 
-def _numbers(descriptor: Any, data: dict[str, Any]) -> None:
-    """Turns int64 back from the strings that protobuf's JSON makes of them, in place."""
+def _complete(descriptor: Any, data: dict[str, Any]) -> None:
+    """Adds what is absent, and turns int64 back from the strings that protobuf's JSON makes of them; in place."""
     for field in descriptor.fields:
         value = data.get(field.name)
-        if value is None and field.has_presence and not field.message_type:
+        if value is None:
             data[field.name] = None
         elif field.cpp_type in _LONG:
-            data[field.name] = [int(v) for v in value] if isinstance(value, list) else int(value or 0)
+            data[field.name] = [int(v) for v in value] if isinstance(value, list) else int(value)
         elif field.message_type:
             for part in value if isinstance(value, list) else [value]:
                 if isinstance(part, dict):
-                    _numbers(field.message_type, part)
+                    _complete(field.message_type, part)

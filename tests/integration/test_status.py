@@ -174,9 +174,9 @@ async def test_what_nobody_reports_is_unknown_and_never_0(settings: dict[str, st
         code, printed = await asked.tally("--output", "json")
     assert code == 3
     data = json.loads(printed)
-    assert [data["well"], data["outbox"]] == [False, []]
+    assert [data["well"], data["outbox"], data["stream"]] == [False, [], None]
     for model in data["read_models"]:
-        assert [model[field] for field in FIGURES] == [None] * 5
+        assert [model[field] for field in (*FIGURES, "reported_at", "last_error_at")] == [None] * 7
 
 
 async def test_while_nats_is_away_the_backlog_is_measured_and_the_projectors_say_why_they_wait(
