@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -23,8 +23,8 @@ from tally.query.v1.query_service_pb2 import (
 )
 
 from clients.connection import Address, QueryServer, find_address
-from clients.options import DEFAULT_DATA_DIR, DataDir, OutputOption, QueryAddress
-from clients.output import Output, console, plain, print_json, shown
+from clients.options import DEFAULT_DATA_DIR, DataDir, OutputOption, QueryAddress, RetryFor
+from clients.output import Output, console, plain, print_json, say, shown
 from contracts.status import age, is_fresh
 
 _NOT_WELL = 3
@@ -36,6 +36,7 @@ def status(
         float, typer.Option(min=0, metavar="SECONDS", help="How far behind a read model may be and still be well.")
     ] = 10.0,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again each second, until Ctrl-C.")] = False,
+    retry_for: RetryFor = 60.0,
     query_address: QueryAddress = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     output: OutputOption = Output.TABLE,
@@ -43,14 +44,15 @@ def status(
     """Tell how far events have come on their way from the event log to the readers, and what holds them up.
 
     What nobody knows at the moment is shown as "?", and is null in JSON. With --watch and --output json: one JSON
-    object on each line.
+    object on each line. Only --watch tries again for --retry-for seconds.
 
     Exit code: 0 if all is well, 3 if something is behind, parked, silent or unknown, 1 if the query server does not
     answer.
     """
     address = find_address("query", query_address, data_dir)
-    well = asyncio.run(_watch(address, max_behind, output) if watch else _once(address, max_behind, output))
-    if not well:
+    if watch:
+        asyncio.run(_watch(address, max_behind, retry_for, output))
+    elif not asyncio.run(_once(address, max_behind, output)):
         sys.exit(_NOT_WELL)
 
 
@@ -65,14 +67,15 @@ async def _once(address: Address, max_behind: float, output: Output) -> bool:
     return not troubles
 
 
-async def _watch(address: Address, max_behind: float, output: Output) -> bool:
+async def _watch(address: Address, max_behind: float, retry_for: float, output: Output) -> NoReturn:
     terminal = console()
     live = Live(console=terminal, auto_refresh=False)
     as_screen = terminal.is_terminal and output is Output.TABLE
     async with QueryServer(address) as queries:
         with live if as_screen else nullcontext():
             while True:
-                answer = await queries.call(queries.stub.GetReadModelStatus, GetReadModelStatusRequest())
+                request = GetReadModelStatusRequest()
+                answer = await queries.call(queries.stub.GetReadModelStatus, request, retry_for=retry_for, on_lost=say)
                 troubles = list(troubles_of(answer, max_behind))
                 if output is Output.JSON:
                     print_json(_data(answer, troubles), one_line=True)

@@ -40,6 +40,7 @@ from typer.testing import CliRunner
 from clients.cli import app
 from clients.failures import Failure
 from command_server.ballots import key_range
+from tests.proxy import proxy as network
 
 TALLY = str(Path(sysconfig.get_path("scripts")) / "tally")
 ELECTION = Path(__file__).parents[2] / "examples" / "minneapolis-2013-mayor.csv.gz"
@@ -753,6 +754,27 @@ async def test_a_watcher_goes_on_after_a_lost_connection(cli: Cli) -> None:
     assert outcome.code == 0
     assert [json.loads(line)["version"] for line in outcome.out.splitlines()] == [5]
     assert "trying again" in outcome.err
+
+
+async def test_a_watched_status_goes_on_after_the_server_was_away(cli: Cli) -> None:
+    host, _, port = cli.run_record["query_address"].rpartition(":")
+    async with network(int(port)) as proxy:
+        place = ("--query-address", f"{host}:{proxy.port}", "-o", "json")
+        watcher = await cli.start("status", "--watch", *place)
+        assert watcher.stdout
+        assert watcher.stderr
+        await next_line(watcher.stdout)
+        await proxy.cut()
+        while b"trying again" not in await next_line(watcher.stderr):
+            pass
+        # Without --watch, it is patient for a moment only.
+        complaint = await cli.refused("status", *place)
+        await proxy.restore()
+        for _ in range(3):
+            assert "read_models" in json.loads(await next_line(watcher.stdout))
+        watcher.send_signal(signal.SIGINT)
+        assert (await ended(watcher)).code == 130
+    assert complaint.startswith("UNAVAILABLE")
 
 
 async def test_on_a_terminal_the_count_is_a_chart_that_grows(cli: Cli) -> None:
