@@ -15,6 +15,8 @@ ENDED = (PollState.POLL_STATE_CLOSED, PollState.POLL_STATE_CERTIFIED, PollState.
 
 # The stream is asked for anew this often, so that neither side keeps one for a peer that is gone.
 _RENEWAL_SECONDS = 300.0
+# A stream that brought results and lived for so long is no failure, however it ends.
+_SETTLED_SECONDS = 10.0
 _METHOD_SECONDS = 2.0
 
 
@@ -40,16 +42,16 @@ async def watch(
         request.min_interval.CopyFrom(interval)
     patience = Patience(retry_for)
     version = 0
+    clock = asyncio.get_running_loop().time
     while True:
-        answered = False
+        started, answered, newer = clock(), False, False
         call = queries.stub.WatchResults(request, timeout=_RENEWAL_SECONDS)
         try:
             async for response in call:
-                patience.renew()
                 answered = True
                 results = response.results
                 if results.version > version:
-                    version = results.version
+                    version, newer = results.version, True
                     # Whichever server answers next shows nothing older.
                     request.at_least_as_fresh = results.consistency_token
                     yield results
@@ -57,7 +59,12 @@ async def watch(
                         return
             return
         except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and version:
+            # Servers end connections now and then, so that clients spread: no trouble if the next one is there at once.
+            # But one that answers and ends every stream at once is not asked for ever.
+            settled = newer or (answered and clock() - started >= _SETTLED_SECONDS)
+            if settled:
+                patience.renew()
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and settled:
                 continue
             trouble = queries.refused(error)
             pause = patience.pause(error) if is_transient(error) else None
@@ -65,8 +72,7 @@ async def watch(
             call.cancel()
         if pause is None:
             raise trouble
-        # Servers end connections now and then, so that clients spread: no trouble if the next one is there at once.
-        if not answered:
+        if not settled:
             on_lost(f"{trouble}; trying again")
         await asyncio.sleep(pause)
 
