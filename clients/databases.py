@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 
 import asyncpg
+from asyncpg.exceptions import ClientConfigurationError
 
 from clients.failures import Failure
 from migrations import migrate_read, migrate_write
 from runtime import postgres
+from runtime.addresses import InvalidAddress
 
 # What a database makes of an address that is wrong, or of being the wrong one, or away.
-FAILURES = (*postgres.UNAVAILABLE, asyncpg.PostgresError, ValueError)
+FAILURES = (*postgres.UNAVAILABLE, asyncpg.PostgresError, InvalidAddress)
 
 _MIGRATE = {"write": migrate_write, "read": migrate_read}
 
@@ -35,9 +37,9 @@ def find_store(setting: str, given: str | None, data_dir: Path) -> str:
 
 def reason(error: Exception) -> str:
     """Why a store cannot be used, in one line that names no password."""
-    if isinstance(error, ValueError):
-        # Its text quotes what it could not read of the address, which may be a part of the password.
-        return "its address is not valid"
+    if isinstance(error, ClientConfigurationError):
+        # It may quote a part of the address.
+        error = InvalidAddress()
     return " ".join(str(error).split()) or type(error).__name__
 
 

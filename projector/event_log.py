@@ -11,6 +11,7 @@ import asyncpg
 from contracts.bus import event_message, event_subject
 from projector.stream import BEGINNING, Message
 from runtime.postgres import queries
+from runtime.replicas import connect_primary
 
 sql = queries(__package__, "rebuild.sql")
 
@@ -95,9 +96,7 @@ class EventLog:
 @asynccontextmanager
 async def connect(write_dsn: str) -> AsyncIterator[EventLog]:
     """The event log of a write database; not of a standby, which may lack the latest events."""
-    connection = await asyncpg.connect(
-        write_dsn, timeout=10, command_timeout=_SECONDS, server_settings=_SESSION, target_session_attrs="primary"
-    )
+    connection = await connect_primary(write_dsn, timeout=10, command_timeout=_SECONDS, server_settings=_SESSION)
     try:
         yield EventLog(connection)
     finally:

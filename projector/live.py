@@ -31,6 +31,7 @@ from contracts.live import (
 from projector.fold import Tally
 from projector.projection import Change, Displaced, Replaced
 from projector.stream import Position
+from runtime.addresses import InvalidAddress
 
 SECONDS = 5.0
 _SCRIPT = (files(__package__) / "live.lua").read_text()
@@ -115,7 +116,10 @@ async def client(redis_url: str) -> AsyncIterator[Redis]:
     """A connection to Redis for one session."""
     # No retries below this: the session begins anew and finds out what was stored. No socket_timeout either: it uses
     # asyncio.wait_for, which in Python 3.11 can lose a cancellation; each question has its own limit.
-    redis = Redis.from_url(redis_url, socket_connect_timeout=2, socket_timeout=None, retry=Retry(NoBackoff(), 0))
+    try:
+        redis = Redis.from_url(redis_url, socket_connect_timeout=2, socket_timeout=None, retry=Retry(NoBackoff(), 0))
+    except ValueError:
+        raise InvalidAddress from None
     try:
         yield redis
     finally:

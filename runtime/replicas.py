@@ -12,6 +12,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 
+from runtime.addresses import InvalidAddress
+
 # How long a server may take to accept a connection, where there are others; seconds.
 _SERVER_SECONDS = 1.0
 # How often readers are spread again; seconds.
@@ -59,6 +61,8 @@ async def _connect(
             ) as error:
                 failure = error
                 continue
+            except ValueError:
+                raise InvalidAddress from None
             if _is_standby(connection) == standby:
                 return connection
             others.append(connection)
@@ -72,7 +76,10 @@ async def _connect(
 
 def _servers(dsn: str) -> list[str]:
     """A DSN for each server."""
-    parts = urlsplit(dsn)
+    try:
+        parts = urlsplit(dsn)
+    except ValueError:
+        raise InvalidAddress from None
     user, at, servers = parts.netloc.rpartition("@")
     if "," not in servers:
         return [dsn]
