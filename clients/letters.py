@@ -68,7 +68,7 @@ async def replay(stores: Mapping[str, str], nats_url: str, polls: Set[str] | Non
     except* (Failure, *nats.UNAVAILABLE) as failures:
         first = failures.exceptions[0]
         if not isinstance(first, Failure):
-            first = Failure(f"NATS does not answer: {type(first).__name__}")
+            first = Failure(f"NATS does not answer: {reason(first)}")
         raise first from None
     return Outcome(
         applied=[(name, letter) for (name, poll_id), letter in before.items() if (name, poll_id) not in now],

@@ -61,7 +61,8 @@ async def connect(url: str, *, application: str) -> AsyncIterator[Client]:
             yield client
             watch.cancel()
     finally:
-        with suppress(*UNAVAILABLE):
+        # AssertionError: it could not read the address, and has nothing to close.
+        with suppress(*UNAVAILABLE, AssertionError):
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await client.close()
 
