@@ -18,7 +18,7 @@ from command_server.service import CommandService
 from contracts.failures import status_of
 from contracts.voters import VoterKeys
 from runtime import lifecycle, postgres, serving, telemetry, workers
-from runtime.settings import ServerSettings
+from runtime.settings import Listen, PostgresUrl, ServerSettings
 
 log = structlog.get_logger()
 
@@ -31,8 +31,8 @@ SERVICE = command_service_pb2.DESCRIPTOR.services_by_name["CommandService"].full
 class CommandSettings(ServerSettings):
     """What the command server reads from the environment."""
 
-    command_listen: str = Field("127.0.0.1:50051", description="host:port of the CommandService.")
-    write_dsn: str = Field(description="Postgres URL of the write database.")
+    command_listen: Listen = Field("127.0.0.1:50051", description="host:port of the CommandService.")
+    write_dsn: PostgresUrl = Field(description="Postgres URL of the write database.")
     voter_secret: str = Field(
         min_length=32, max_length=64, description="Key of the voter hash: the same in all command and query servers."
     )

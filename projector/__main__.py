@@ -14,7 +14,7 @@ from projector.live import Live
 from projector.projection import Projection, ReadModel
 from projector.views import Views
 from runtime import lifecycle, telemetry
-from runtime.settings import PREFIX, Settings
+from runtime.settings import PREFIX, NatsUrl, PostgresUrl, RedisUrl, Settings
 
 KINDS: Mapping[str, type[ReadModel]] = {kind.name: kind for kind in (Live, Views, Documents)}
 
@@ -25,7 +25,7 @@ _STOP_SECONDS = 4.0
 class ProjectorSettings(Settings):
     """What every projector reads from the environment, beside TALLY_READ_MODEL, which an argument may replace."""
 
-    nats_url: str = Field(description="URL of NATS; several servers of a cluster are separated by commas.")
+    nats_url: NatsUrl = Field(description="URL of NATS; several servers of a cluster are separated by commas.")
 
     @property
     def store(self) -> str:
@@ -36,7 +36,7 @@ class ProjectorSettings(Settings):
 class RedisSettings(ProjectorSettings):
     """What the projector of a read model in Redis reads from the environment."""
 
-    redis_url: str = Field(description="URL of Redis.")
+    redis_url: RedisUrl = Field(description="URL of Redis.")
 
     @property
     def store(self) -> str:
@@ -46,7 +46,7 @@ class RedisSettings(ProjectorSettings):
 class ReadDatabaseSettings(ProjectorSettings):
     """What the projector of a read model in the read database reads from the environment."""
 
-    read_dsn: str = Field(description="Postgres URL of the read database.")
+    read_dsn: PostgresUrl = Field(description="Postgres URL of the read database.")
 
     @property
     def store(self) -> str:

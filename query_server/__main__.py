@@ -19,7 +19,7 @@ from query_server.views import CONNECTIONS, Views
 from query_server.watchers import Watchers
 from runtime import lifecycle, postgres, serving, telemetry, workers
 from runtime.replicas import spread_readers
-from runtime.settings import ServerSettings
+from runtime.settings import Listen, PostgresUrl, RedisUrl, ServerSettings
 
 SERVICE = query_service_pb2.DESCRIPTOR.services_by_name["QueryService"].full_name
 
@@ -27,9 +27,9 @@ SERVICE = query_service_pb2.DESCRIPTOR.services_by_name["QueryService"].full_nam
 class QuerySettings(ServerSettings):
     """What the query server reads from the environment."""
 
-    query_listen: str = Field("127.0.0.1:50052", description="host:port of the QueryService.")
-    read_dsn: str = Field(description="Postgres URL of the read database.")
-    redis_url: str = Field(description="Redis URL of the live counters.")
+    query_listen: Listen = Field("127.0.0.1:50052", description="host:port of the QueryService.")
+    read_dsn: PostgresUrl = Field(description="Postgres URL of the read database.")
+    redis_url: RedisUrl = Field(description="Redis URL of the live counters.")
     voter_secret: str = Field(
         min_length=32, max_length=64, description="Key of the voter hash: the same in all command and query servers."
     )

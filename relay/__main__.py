@@ -7,7 +7,7 @@ from pydantic import Field
 
 from relay.shard import Shard
 from runtime import lifecycle, postgres, telemetry
-from runtime.settings import Settings
+from runtime.settings import NatsUrl, PostgresUrl, Settings
 
 # How long a stop waits for what is under way.
 _STOP_SECONDS = 4.0
@@ -16,8 +16,8 @@ _STOP_SECONDS = 4.0
 class RelaySettings(Settings):
     """What the relay reads from the environment."""
 
-    write_dsn: str = Field(description="Postgres URL of the write database.")
-    nats_url: str = Field(description="URL of NATS; several servers of a cluster are separated by commas.")
+    write_dsn: PostgresUrl = Field(description="Postgres URL of the write database.")
+    nats_url: NatsUrl = Field(description="URL of NATS; several servers of a cluster are separated by commas.")
     shards: int = Field(1, ge=1, le=1024, description="Parts of the outbox that are relayed side by side.")
 
 

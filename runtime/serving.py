@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
@@ -109,7 +110,10 @@ async def serve(
     reflection.enable_server_reflection([*services, "grpc.health.v1.Health", reflection.SERVICE_NAME], server)
     for name in ("", *services):
         await health.set(name, HealthCheckResponse.NOT_SERVING)
-    port = server.add_insecure_port(listen)
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError:
+        sys.exit(f"cannot listen on {listen}: somebody else does, or it is no address of this machine")
     await server.start()
     for name in ("", *services):
         await health.set(name, HealthCheckResponse.SERVING)

@@ -1,21 +1,71 @@
 """Settings from the environment: each service declares the ones it reads, all with the prefix TALLY_."""
 
 import sys
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "TALLY_"
 
 
+def _only_if(can_work: Callable[[str], bool], shape: str) -> AfterValidator:
+    """Refuses what can never work, at the start: later it would look like a server that is away, and be tried for ever.
+    The message quotes nothing of an address, for any part of it may be a password."""
+
+    def check(value: str) -> str:
+        if not can_work(value):
+            raise PydanticCustomError("address", "Input should be {shape}", {"shape": shape})
+        return value
+
+    return AfterValidator(check)
+
+
+def _leads_somewhere(url: str, *schemes: str) -> bool:
+    """Whether it has one of the schemes, and each of its servers a port that exists, or the default one."""
+    try:
+        parts = urlsplit(url)
+        servers = [urlsplit(f"//{server}") for server in parts.netloc.rpartition("@")[2].split(",")]
+        return parts.scheme in schemes and all(server.port != 0 for server in servers)
+    except ValueError:
+        return False
+
+
+def _is_postgres(url: str) -> bool:
+    return _leads_somewhere(url, "postgresql", "postgres")
+
+
+def _is_redis(url: str) -> bool:
+    return _leads_somewhere(url, "redis", "rediss", "unix")
+
+
+def _is_nats(urls: str) -> bool:
+    servers = [server if "://" in server else f"nats://{server}" for server in urls.split(",")]
+    return all(_leads_somewhere(url, "nats", "tls", "ws", "wss") and urlsplit(url).hostname for url in servers)
+
+
+def _is_listen(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    return bool(host) and port.isdecimal() and int(port) <= 65535
+
+
+PostgresUrl = Annotated[str, _only_if(_is_postgres, "an address such as postgresql://user:password@host:5432/database")]
+RedisUrl = Annotated[str, _only_if(_is_redis, "an address such as redis://host:6379/0")]
+NatsUrl = Annotated[str, _only_if(_is_nats, "an address such as nats://host:4222, or several with commas between them")]
+Listen = Annotated[str, _only_if(_is_listen, "host:port")]
+LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(str.lower)]
+
+
 class Settings(BaseSettings):
     """What all services understand. A field `log_level` is the variable TALLY_LOG_LEVEL."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="ignore", frozen=True)
 
-    log_level: str = Field("info", description="Least severity that is logged: debug, info, warning or error.")
-    metrics_listen: str = Field("", description="host:port of the Prometheus metrics over HTTP; empty: none.")
+    log_level: LogLevel = Field("info", description="Least severity that is logged: debug, info, warning or error.")
+    metrics_listen: Listen | None = Field(None, description="host:port of the Prometheus metrics over HTTP.")
     ready_file: str = Field("", description="File that is written once the process is ready; empty: none.")
 
     @classmethod

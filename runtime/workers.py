@@ -98,7 +98,7 @@ async def _end(child: asyncio.subprocess.Process) -> None:
             await child.wait()
 
 
-def _nth(listen: str, number: int) -> str:
+def _nth(listen: str | None, number: int) -> str:
     """The host:port of the n-th worker's metrics: each has a port of its own, from the setting's on."""
     if not listen:
         return ""
@@ -107,12 +107,12 @@ def _nth(listen: str, number: int) -> str:
 
 
 def _reserve(host: str, port: int) -> socket.socket:
-    """Holds a port for the workers, without listening on it. Fails where somebody else has it."""
+    """Holds a port for the workers, without listening on it. Exits where somebody else has it."""
     reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         reserved.bind((host.strip("[]"), port))
-    except OSError:
+    except OSError as error:
         reserved.close()
-        raise
+        sys.exit(f"cannot listen on {host}:{port}: {error.strerror}")
     return reserved
