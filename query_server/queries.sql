@@ -36,30 +36,24 @@ WHERE poll_id = $1
 SELECT read_model, status FROM views.projector_status
 UNION ALL SELECT read_model, status FROM documents.projector_status
 
--- version: at which version a poll is
-SELECT version FROM polls WHERE poll_id = $1
+-- voter_votes: a voter's votes in polls older than a place in the list, newest first, each with what became of the poll.
+-- The list goes by what is the same in every copy of the views, unlike poll_no. OFFSET keeps the planner, which takes a
+-- voter to have a part of all votes, from reading all polls for the few that are wanted.
+SELECT poll_id, title, state, outcome, created_at, votes.version, recorded_at
+FROM votes, LATERAL (SELECT * FROM polls WHERE polls.poll_no = votes.poll_no OFFSET 0) AS poll
+WHERE vote_key BETWEEN $1 AND $2 AND (created_at, poll_id) < ($3, $4)
+ORDER BY created_at DESC, poll_id DESC LIMIT $5
 
--- poll_no: the number of a poll in this database
-SELECT poll_no FROM polls WHERE poll_id = $1
-
--- voter_votes: a voter's votes in polls that came before a number, the latest first, each with what became of the poll
-WITH page AS MATERIALIZED (
-    SELECT poll_no, version, recorded_at FROM votes
-    WHERE vote_key >= $1 AND vote_key < $2
-    ORDER BY vote_key DESC LIMIT $3
-)
-SELECT poll_id, title, state, outcome, page.version, page.recorded_at
-FROM page JOIN polls USING (poll_no)
-ORDER BY poll_no DESC
-
--- turnout_poll: what is known of a poll's turnout without looking at when it was
-SELECT poll_no, version, as_of, opened_at, closed_at, total_votes, eligible_voters FROM polls WHERE poll_id = $1
-
--- turnout: how many voted in each length of time, from $3 to $4; and before all that, with no start
-SELECT CASE WHEN start_time >= $3 THEN date_bin(make_interval(secs => $2), start_time, 'epoch') END AS start_time,
-    sum(votes)::bigint AS votes
-FROM turnout WHERE poll_no = $1 AND start_time < $4
-GROUP BY 1
+-- turnout: a poll with how many voted in each length of time of $2 seconds, from $3 to $4; and before all that, with no
+-- start. At least one row if there is the poll.
+SELECT version, as_of, opened_at, closed_at, total_votes, eligible_voters, chart.*
+FROM polls LEFT JOIN LATERAL (
+    SELECT CASE WHEN start_time >= to_timestamp($3) THEN extract(epoch FROM start_time)::bigint / $2 * $2 END
+        AS start_seconds, sum(votes)::bigint AS votes
+    FROM turnout WHERE turnout.poll_no = polls.poll_no AND start_time < to_timestamp($4)
+    GROUP BY 1
+) AS chart ON true
+WHERE poll_id = $1
 
 -- document: a poll whole, as another read model of this database has it
 SELECT version, document FROM documents.documents WHERE poll_id = $1

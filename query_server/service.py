@@ -118,7 +118,7 @@ class QueryService(QueryServiceServicer):
         fresh = parse(request.at_least_as_fresh) if request.at_least_as_fresh else ANY_STATE
 
         async def read() -> tuple[int, pb.ListVoterVotesResponse]:
-            return await self._views.voter_votes(voter_key, request.page_size, request.page_token, fresh.poll_id)
+            return await self._views.voter_votes(voter_key, request.page_size, request.page_token, fresh)
 
         _, page = await caught_up(self._announcements, VIEWS, *fresh, read, patience(context))
         for vote in page.votes:

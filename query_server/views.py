@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import wraps
+from hashlib import blake2b
 from struct import Struct
 from struct import error as StructError  # noqa: N812
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
@@ -28,11 +29,11 @@ from tally.query.v1.query_service_pb2 import (
     VoterVote,
 )
 
-from contracts.freshness import token
+from contracts.freshness import Freshness, token
 from contracts.live import hidden_results
-from contracts.read_database import DOCUMENTS, VIEWS, VOTER_BYTES, vote_key
-from contracts.refusals import Refusal, invalid_request
-from query_server.turnout import buckets
+from contracts.read_database import DOCUMENTS, TURNOUT_GRAIN, VIEWS, VOTER_BYTES, vote_key
+from contracts.refusals import invalid_request
+from query_server.turnout import Buckets, buckets
 from runtime.postgres import queries
 
 if TYPE_CHECKING:
@@ -67,12 +68,10 @@ _INTERRUPTIONS = (
 )
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_PAGE_TOKEN = Struct(">BBq16s")
-_PAGE_TOKEN_FORMAT = 1
-_VOTES_PAGE_TOKEN = Struct(">B16s")
-_VOTES_PAGE_TOKEN_FORMAT = 2
-# Above the number of every poll.
-_AFTER_ALL_POLLS = 2**31 - 1
+# Which list it belongs to, and where a page of that ends. No base64 of so many bytes needs padding.
+_PAGE_TOKEN = Struct(">9sq16s")
+# The number of no poll, below that of every poll and above.
+_FIRST_POLL, _LAST_POLL = 0, 2**31 - 1
 
 
 def _persistent(ask: Callable[Question, Awaitable[Answer]]) -> Callable[Question, Awaitable[Answer]]:
@@ -129,58 +128,68 @@ class Views:
     @_persistent
     async def polls(self, state: PollState.ValueType, page_size: int, page_token: str) -> ListPollsResponse:
         """A page of polls, newest first. Raises INVALID_REQUEST for a token that no page with this state returned."""
-        after = _parse_page_token(page_token, state) if page_token else _FIRST_PAGE
+        listed = f"polls {state}".encode()
+        after = _parse_page_token(page_token, listed)
         limit = page_size or _DEFAULT_PAGE_SIZE
         query, arguments = sql.polls_page, [after.created_at, after.poll_id, limit + 1]
         if state:
             query, arguments = sql.polls_page_in_state, [*arguments, PollState.Name(state).removeprefix("POLL_STATE_")]
         page = ListPollsResponse()
         async with self._connection() as connection, connection.transaction():
-            if await _fill(page.polls, limit, _poll, connection.cursor(query, *arguments, prefetch=_PREFETCH)):
-                page.next_page_token = _page_token(page.polls[-1], state)
+            page.next_page_token = await _fill(
+                page.polls, limit, _poll, connection.cursor(query, *arguments, prefetch=_PREFETCH), listed
+            )
         return page
 
     @_persistent
     async def voter_votes(
-        self, voter_key: bytes, page_size: int, page_token: str, poll_id: UUID
+        self, voter_key: bytes, page_size: int, page_token: str, fresh: Freshness
     ) -> tuple[int, ListVoterVotesResponse]:
-        """A page of a voter's votes without their receipt_ids, and the version of a poll that it shows; 0: none.
+        """A page of a voter's votes without their receipt_ids, and the version that it shows of the poll that is to be
+        fresh; 0: none, or any will do.
 
-        Raises INVALID_REQUEST for a token that no page returned.
+        Raises INVALID_REQUEST for a token that no page of this voter returned.
         """
-        limit, before = page_size or _DEFAULT_PAGE_SIZE, _AFTER_ALL_POLLS
-        page = ListVoterVotesResponse()
+        listed = b"votes " + voter_key
+        after = _parse_page_token(page_token, listed)
+        limit = page_size or _DEFAULT_PAGE_SIZE
+        version, page = 0, ListVoterVotesResponse()
         async with self._connection() as connection, connection.transaction():
-            # First, so that what follows shows this version or a later one.
-            version = await connection.fetchval(sql.version, poll_id) or 0
-            if page_token:
-                before = await connection.fetchval(sql.poll_no, _parse_votes_page_token(page_token))
-                if before is None:
-                    raise _bad_page_token()
-            keys = vote_key(voter_key, 0), vote_key(voter_key, before)
-            votes = connection.cursor(sql.voter_votes, *keys, limit + 1, prefetch=_PREFETCH)
-            if await _fill(page.votes, limit, _voter_vote, votes):
-                page.next_page_token = _votes_page_token(page.votes[-1])
+            if fresh.version:
+                # First, so that what follows shows this version or a later one.
+                version = await connection.fetchval(sql.versions, [fresh.poll_id], column=1) or 0
+            votes = connection.cursor(
+                sql.voter_votes,
+                vote_key(voter_key, _FIRST_POLL),
+                vote_key(voter_key, _LAST_POLL),
+                after.created_at,
+                after.poll_id,
+                limit + 1,
+                prefetch=_PREFETCH,
+            )
+            page.next_page_token = await _fill(page.votes, limit, _voter_vote, votes, listed)
         return version, page
 
     @_persistent
     async def turnout(self, request: GetTurnoutRequest) -> tuple[int, GetTurnoutResponse | None]:
         """How many voted when, with the poll's version; 0 and None if there is no such poll."""
-        # All of it as of one moment.
-        async with self._connection() as connection, connection.transaction(isolation="repeatable_read"):
-            poll = await connection.fetchrow(sql.turnout_poll, UUID(request.poll_id))
-            if poll is None:
-                return 0, None
-            chart = buckets(request, poll["opened_at"], poll["closed_at"] or poll["as_of"])
-            start, end = (datetime.fromtimestamp(moment, UTC) for moment in (chart.start, chart.end))
-            rows = await connection.fetch(sql.turnout, poll["poll_no"], chart.length, start, end)
-        votes = {row["start_time"]: row["votes"] for row in rows}
-        before = votes.pop(None, 0)
+        asked, chart = None, Buckets(request.bucket.seconds or TURNOUT_GRAIN, 0, 0)
+        async with self._connection() as connection:
+            # Which buckets there are depends on the poll, so it is asked for none first, and then until the answer is
+            # about the buckets that its own state of the poll calls for: it is all of one moment, and of one copy.
+            while asked != chart:
+                rows = await connection.fetch(sql.turnout, UUID(request.poll_id), *chart)
+                if not rows:
+                    return 0, None
+                poll = rows[0]
+                asked, chart = chart, buckets(request, poll["opened_at"], poll["closed_at"] or poll["as_of"])
+        votes = {row["start_seconds"]: row["votes"] for row in rows}
+        before = votes.pop(None, None) or 0
         response = GetTurnoutResponse(
             poll_id=str(UUID(request.poll_id)),
             version=poll["version"],
             as_of=poll["as_of"],
-            buckets=chart.filled({int(start.timestamp()): count for start, count in votes.items()}, before),
+            buckets=chart.filled(votes, before),
             total_votes=poll["total_votes"],
             eligible_voters=poll["eligible_voters"],
         )
@@ -225,62 +234,45 @@ _FIRST_PAGE = _Place(datetime(9999, 12, 31, tzinfo=UTC), UUID(int=0))
 
 
 async def _fill(
-    page: "RepeatedCompositeFieldContainer[Element]", limit: int, element_of: Callable[[Any], Element], rows: Any
-) -> bool:
-    """Makes an element of each row, up to `limit` or what an answer can hold; says whether rows are left."""
-    size = 0
+    page: "RepeatedCompositeFieldContainer[Element]",
+    limit: int,
+    element_of: Callable[[Any], Element],
+    rows: Any,
+    listed: bytes,
+) -> str:
+    """Makes an element of each row, up to `limit` or what an answer can hold; returns the token for the rows that are
+    left, "" if none are."""
+    size, last = 0, _FIRST_PAGE
     async for row in rows:
         element = element_of(row)
         size += element.ByteSize()
         if len(page) == limit or (page and size > MAX_ANSWER_BYTES):
-            return True
+            return _page_token(last, listed)
         page.append(element)
-    return False
+        last = _Place(row["created_at"], row["poll_id"])
+    return ""
 
 
-def _page_token(last: Poll, state: PollState.ValueType) -> str:
-    microseconds = last.created_at.ToMicroseconds()
-    return _packed(_PAGE_TOKEN, _PAGE_TOKEN_FORMAT, state, microseconds, UUID(last.poll_id).bytes)
+def _page_token(last: _Place, listed: bytes) -> str:
+    """The token for what comes after `last` in a list, which `listed` tells from all others."""
+    mark = blake2b(listed, digest_size=9).digest()
+    microseconds = (last.created_at - _EPOCH) // timedelta(microseconds=1)
+    return urlsafe_b64encode(_PAGE_TOKEN.pack(mark, microseconds, last.poll_id.bytes)).decode()
 
 
-def _parse_page_token(page_token: str, state: PollState.ValueType) -> _Place:
-    token_format, token_state, microseconds, poll_id = _unpacked(_PAGE_TOKEN, page_token)
-    if token_format != _PAGE_TOKEN_FORMAT:
-        raise _bad_page_token()
+def _parse_page_token(page_token: str, listed: bytes) -> _Place:
+    """Where a page of this list begins. Raises INVALID_REQUEST for a token that none of its pages returned."""
+    if not page_token:
+        return _FIRST_PAGE
     try:
+        _, microseconds, poll_id = _PAGE_TOKEN.unpack(urlsafe_b64decode(page_token))
         place = _Place(_EPOCH + timedelta(microseconds=microseconds), UUID(bytes=poll_id))
-    except OverflowError:
-        raise _bad_page_token() from None
-    if token_state != state:
-        raise invalid_request({"page_token": "belongs to a list with another state"})
+    except (ValueError, StructError, OverflowError):
+        place = None
+    # base64 has many ways to write the same.
+    if place is None or page_token != _page_token(place, listed):
+        raise invalid_request({"page_token": "must be the next_page_token of the page before, in the same list"})
     return place
-
-
-def _votes_page_token(last: VoterVote) -> str:
-    # The poll's id, not its number: that is another one in a read database that was made anew.
-    return _packed(_VOTES_PAGE_TOKEN, _VOTES_PAGE_TOKEN_FORMAT, UUID(last.receipt.poll_id).bytes)
-
-
-def _parse_votes_page_token(page_token: str) -> UUID:
-    token_format, poll_id = _unpacked(_VOTES_PAGE_TOKEN, page_token)
-    if token_format != _VOTES_PAGE_TOKEN_FORMAT:
-        raise _bad_page_token()
-    return UUID(bytes=poll_id)
-
-
-def _packed(layout: Struct, *values: int | bytes) -> str:
-    return urlsafe_b64encode(layout.pack(*values)).decode().rstrip("=")
-
-
-def _unpacked(layout: Struct, page_token: str) -> tuple[Any, ...]:
-    try:
-        return layout.unpack(urlsafe_b64decode((page_token + "=" * (-len(page_token) % 4)).encode("ascii")))
-    except (ValueError, StructError):
-        raise _bad_page_token() from None
-
-
-def _bad_page_token() -> Refusal:
-    return invalid_request({"page_token": "must be the next_page_token of the page before"})
 
 
 def _poll(row: Any) -> Poll:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -42,15 +43,18 @@ from tally.query.v1.query_service_pb2_grpc import QueryServiceStub
 
 from contracts.freshness import token
 from contracts.voters import VoterKeys
+from migrations import READ
 from projector.documents import Documents
 from projector.fold import Tally, fold
 from projector.projection import Change
 from projector.schema import Schema
 from projector.stream import Position
 from projector.views import Views
+from query_server import turnout as charts
 from query_server.views import Views as Readers
+from runtime.postgres import migrate
 from tests.processes import eventually
-from tests.servers import VOTER_SECRET, query_channel, refused
+from tests.servers import VOTER_SECRET, query_channel, refused, sql
 
 if TYPE_CHECKING:
     from tally.query.v1.query_service_pb2_grpc import QueryServiceAsyncStub
@@ -126,6 +130,20 @@ class ReadDatabase:
 async def database(read_dsn: str) -> AsyncIterator[ReadDatabase]:
     async with Views.connect(read_dsn) as views:
         yield ReadDatabase(views)
+
+
+@pytest.fixture
+async def fresh(read_dsn: str) -> AsyncIterator[ReadDatabase]:
+    """A copy that is to take the place of the views, as a rebuild makes one."""
+    await migrate(read_dsn, READ["views"], "views_fresh")
+    async with Views.connect(read_dsn, "views_fresh") as views:
+        yield ReadDatabase(views)
+
+
+async def switch(read_dsn: str) -> None:
+    """Puts the fresh copy in the place of the views."""
+    for schema, name in (("views", "views_retired"), ("views_fresh", "views")):
+        await sql(read_dsn, f"ALTER SCHEMA {schema} RENAME TO {name}")
 
 
 @pytest.fixture
@@ -218,10 +236,44 @@ async def test_turnout_that_makes_no_sense_is_refused(server: QueryServiceAsyncS
     ):
         refusal = await refused(turnout(server, poll, **fields))
         assert (refusal.reason, refusal.fields) == ("INVALID_REQUEST", [field]), fields
+    # A bucket may end after the last year that there is a datetime of.
+    last = datetime(9998, 12, 31, 23, 59, 59, tzinfo=UTC)
+    length = timedelta(seconds=31_619_960)
+    late = await turnout(server, poll, bucket=length, start_time=last - timedelta(1), end_time=last)
+    assert late.buckets[-1].cumulative_votes == 1
     everything = await turnout(server, poll, start_time=datetime(1970, 1, 1, tzinfo=UTC), bucket=timedelta(days=366))
     assert everything.buckets[-1].cumulative_votes == 1
     refusal = await refused(server.GetTurnout(pb.GetTurnoutRequest(poll_id=str(uuid4()))))
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.NOT_FOUND, "POLL_NOT_FOUND")
+
+
+async def test_turnout_is_never_that_of_another_poll(
+    server: QueryServiceAsyncStub,
+    database: ReadDatabase,
+    fresh: ReadDatabase,
+    read_dsn: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The views are replaced while it is read, and the polls have other numbers in the fresh copy."""
+    few, many = polls = Poll(), Poll()
+    for poll, voters in ((few, 1), (many, 9)):
+        poll.opens()
+        poll.votes(NOON, *(f"voter-{number}" for number in range(voters)))
+    for model, order in ((database, polls), (fresh, polls[::-1])):
+        for poll in order:
+            await model.store(poll)
+    switches = [lambda: asyncio.run(switch(read_dsn))]
+
+    def meanwhile(*arguments: Any) -> charts.Buckets:
+        if switches:
+            switching = threading.Thread(target=switches.pop())
+            switching.start()
+            switching.join()
+        return charts.buckets(*arguments)
+
+    monkeypatch.setattr("query_server.views.buckets", meanwhile)
+    assert chart(await turnout(server, few)) == [(0, 1, 1)]
+    assert not switches
 
 
 # --- the votes of a voter
@@ -235,8 +287,10 @@ async def test_a_voter_sees_each_vote_with_what_became_of_it(
     server: QueryServiceAsyncStub, database: ReadDatabase
 ) -> None:
     running, hidden, over, none = [
-        Poll(title=title, results_visibility=visibility)
-        for title, visibility in (("one", 0), ("two", RESULTS_VISIBILITY_AFTER_CLOSE), ("three", 0), ("four", 0))
+        Poll(at=after(hours=-4 + number), title=title, results_visibility=visibility)
+        for number, (title, visibility) in enumerate(
+            (("one", 0), ("two", RESULTS_VISIBILITY_AFTER_CLOSE), ("three", 0), ("four", 0))
+        )
     ]
     for poll in (running, hidden, over, none):
         poll.opens()
@@ -283,7 +337,7 @@ async def test_equal_leaders_are_all_named_and_of_no_votes_none(
 async def test_pages_of_votes_hold_each_once_while_votes_come_and_change(
     server: QueryServiceAsyncStub, database: ReadDatabase
 ) -> None:
-    polls = [Poll(title=f"poll {number}", allow_vote_change=True) for number in range(10)]
+    polls = [Poll(at=after(seconds=number), title=f"poll {number}", allow_vote_change=True) for number in range(10)]
     for poll in polls:
         poll.opens()
         poll.votes(NOON, "ann")
@@ -296,17 +350,38 @@ async def test_pages_of_votes_hold_each_once_while_votes_come_and_change(
         page_token = page.next_page_token
         if not page_token:
             break
-        new = Poll(title="new")
+        new = Poll(at=after(minutes=1), title="new")
         new.opens()
         new.votes(NOON, "ann")
         polls[0].votes_again(after(hours=len(seen)), "ann") if len(seen) == 3 else None
-        polls[9].closes(NOON) if len(seen) == 6 else None
-        await database.store(new, polls[0], polls[9])
+        polls[8].closes(NOON) if len(seen) == 6 else None
+        await database.store(new, polls[0], polls[8])
     assert seen == [f"poll {number}" for number in reversed(range(10))]
     polls_page = await server.ListPolls(pb.ListPollsRequest(page_size=1))
-    for bad in ("?", "é", page.next_page_token + "A", polls_page.next_page_token, "Av8AAAAAAAAAAAAAAAAAAAA"):
+    mine = (await votes_of(server, "ann", page_size=1)).next_page_token
+    for bad in ("?", "é", mine + "AAAA", mine[:4] + "!!!!" + mine[4:], polls_page.next_page_token):
         refusal = await refused(votes_of(server, "ann", page_token=bad))
         assert (refusal.reason, refusal.fields) == ("INVALID_REQUEST", ["page_token"])
+    # Nor is it a token of somebody else who voted in the same polls.
+    polls[9].votes(NOON, "bob")
+    await database.store(polls[9])
+    assert (await refused(votes_of(server, "bob", page_token=mine))).fields == ["page_token"]
+
+
+async def test_pages_of_votes_go_on_in_a_copy_where_polls_have_other_numbers(
+    server: QueryServiceAsyncStub, database: ReadDatabase, fresh: ReadDatabase, read_dsn: str
+) -> None:
+    polls = [Poll(at=after(seconds=number), title=str(number)) for number in range(3)]
+    for poll in polls:
+        poll.opens()
+        poll.votes(NOON, "ann")
+    for model, order in ((database, (1, 2, 0)), (fresh, (0, 1, 2))):
+        for number in order:
+            await model.store(polls[number])
+    first = await votes_of(server, "ann", page_size=1)
+    await switch(read_dsn)
+    second = await votes_of(server, "ann", page_token=first.next_page_token)
+    assert [vote.poll_title for vote in (*first.votes, *second.votes)] == ["2", "1", "0"]
 
 
 async def test_votes_and_turnout_are_as_fresh_as_asked_for(

@@ -1,21 +1,19 @@
-"""The page_token of ListPolls: opaque, for one list, and nothing else passes for one."""
+"""The page_token of a list: opaque, for one list, and nothing else passes for one."""
 
 from __future__ import annotations
 
 import random
 import string
-from base64 import urlsafe_b64encode
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from datetime import UTC, datetime, timedelta
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import pytest
-from tally.poll.v1.poll_pb2 import PollState
-from tally.query.v1.query_service_pb2 import Poll
 
 from contracts.refusals import Refusal
-from query_server.views import _page_token, _parse_page_token
+from query_server.views import _FIRST_PAGE, _page_token, _parse_page_token, _Place
 
-OPEN, CLOSED = PollState.POLL_STATE_OPEN, PollState.POLL_STATE_CLOSED
+OPEN, CLOSED = b"polls 2", b"polls 3"
 MOMENTS = [
     datetime(2026, 2, 3, 4, 5, 6, 789_012, tzinfo=UTC),
     datetime(1969, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC),
@@ -23,34 +21,33 @@ MOMENTS = [
 ]
 
 
-def poll(poll_id: UUID, moment: datetime) -> Poll:
-    created = Poll(poll_id=str(poll_id))
-    created.created_at.FromDatetime(moment)
-    return created
+def is_refused(text: str, listed: bytes) -> None:
+    with pytest.raises(Refusal) as refused:
+        _parse_page_token(text, listed)
+    assert refused.value.fields.keys() == {"page_token"}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_token_names_the_last_poll_of_its_page(moment: datetime) -> None:
-    poll_id = uuid4()
-    token = _page_token(poll(poll_id, moment), OPEN)
-    assert _parse_page_token(token, OPEN) == (moment, poll_id)
+def test_a_token_names_the_last_element_of_its_page(moment: datetime) -> None:
+    place = _Place(moment, uuid4())
+    token = _page_token(place, OPEN)
+    assert _parse_page_token(token, OPEN) == place
     assert len(token) <= 200
 
 
-def test_a_token_belongs_to_one_filter() -> None:
-    token = _page_token(poll(uuid4(), MOMENTS[0]), OPEN)
-    for state in (CLOSED, PollState.POLL_STATE_UNSPECIFIED):
-        with pytest.raises(Refusal) as refused:
-            _parse_page_token(token, state)
-        assert refused.value.fields.keys() == {"page_token"}
+def test_without_a_token_a_list_begins() -> None:
+    assert _parse_page_token("", OPEN) == _FIRST_PAGE
+
+
+def test_a_token_belongs_to_one_list() -> None:
+    is_refused(_page_token(_Place(MOMENTS[0], uuid4()), OPEN), CLOSED)
 
 
 def test_anything_else_is_refused() -> None:
     chance = random.Random(1)
-    token = _page_token(poll(uuid4(), MOMENTS[0]), OPEN)
-    wrong = ["é", " ", token[:-1], token + "A", "A" * 35, urlsafe_b64encode(b"\x01\x02" + b"\x7f" * 24).decode()]
+    token = _page_token(_Place(MOMENTS[0], uuid4()), OPEN)
+    wrong = ["é", " ", token[:-1], token + "A", token[:4] + "!!!!" + token[4:], token + "====", "A" * 44]
+    wrong.append(urlsafe_b64encode(urlsafe_b64decode(token)[:9] + b"\x7f" * 24).decode())
     wrong += ["".join(chance.choices(string.printable, k=chance.randrange(1, 60))) for _ in range(500)]
     for text in wrong:
-        with pytest.raises(Refusal) as refused:
-            _parse_page_token(text, OPEN)
-        assert refused.value.fields.keys() == {"page_token"}
+        is_refused(text, OPEN)

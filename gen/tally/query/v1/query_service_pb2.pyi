@@ -849,7 +849,7 @@ class ListVoterVotesRequest(message.Message):
     page_size: builtins.int
     """page_size is the most votes to return, up to 1,000; 0 means 50."""
     page_token: builtins.str
-    """page_token is next_page_token of the page before. Empty: the first page."""
+    """page_token is next_page_token of the page before, with the same voter_id. Empty: the first page."""
     at_least_as_fresh: builtins.str
     """at_least_as_fresh is a consistency_token of any poll: the answer shows that command's effect. Empty: the newest state
     at hand.
