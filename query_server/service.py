@@ -1,5 +1,6 @@
 """The RPCs of QueryService: each handler reads its request, asks, and translates the answer."""
 
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 from uuid import UUID
@@ -81,7 +82,10 @@ class QueryService(QueryServiceServicer):
         self, request: pb.WatchResultsRequest, context: Context
     ) -> None:
         poll_ids = [UUID(poll_id) for poll_id in request.poll_ids]
-        fresh = wanted(request.at_least_as_fresh, poll_ids)
+        fresh = Counter[UUID]()
+        for consistency_token in (request.at_least_as_fresh, *request.at_least_as_fresh_each):
+            # The latest of each poll.
+            fresh |= wanted(consistency_token, poll_ids)
         min_interval = request.min_interval.ToTimedelta().total_seconds()
         async with self._watchers.watch(poll_ids, fresh, patience(context), min_interval) as watcher:
             await watcher.forward(context.write)

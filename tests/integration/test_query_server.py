@@ -898,6 +898,29 @@ async def test_several_polls_share_a_stream(server: QueryServiceAsyncStub, model
         assert {(await watch.next()).poll_id for _ in poll_ids} == set(map(str, poll_ids))
 
 
+async def test_a_stream_of_several_polls_goes_on_where_another_server_left_off(
+    read_dsn: str, redis_url: str, server: QueryServiceAsyncStub, models: ReadModels
+) -> None:
+    poll_ids = [await models.poll(version=3) for _ in range(3)]
+    for poll_id in poll_ids:
+        await models.publish(poll_id, 9)
+    watch = Watch(server, *poll_ids)
+    seen = [(await watch.next()).consistency_token for _ in poll_ids]
+    # Redis is lost, and the read database behind.
+    await models.live.flushall()
+    async with query_channel(read_dsn, redis_url) as channel:
+        older = token(poll_ids[0], 3)
+        again = Watch(
+            QueryServiceStub(channel), *poll_ids, at_least_as_fresh=older, at_least_as_fresh_each=[*seen, older]
+        )
+        await until(lambda: waiting() == 3)
+        for poll_id in poll_ids:
+            await models.store(poll_id, 9)
+        assert {(await again.next()).version for _ in poll_ids} == {9}
+    refusal = await Watch(server, *poll_ids[1:], at_least_as_fresh_each=seen).refused()
+    assert refusal.reason == "INVALID_REQUEST"
+
+
 async def test_redis_has_one_subscription_whatever_the_number_of_watchers(
     server: QueryServiceAsyncStub, models: ReadModels
 ) -> None:

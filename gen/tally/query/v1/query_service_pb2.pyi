@@ -511,6 +511,7 @@ class WatchResultsRequest(message.Message):
     POLL_IDS_FIELD_NUMBER: builtins.int
     MIN_INTERVAL_FIELD_NUMBER: builtins.int
     AT_LEAST_AS_FRESH_FIELD_NUMBER: builtins.int
+    AT_LEAST_AS_FRESH_EACH_FIELD_NUMBER: builtins.int
     at_least_as_fresh: builtins.str
     """at_least_as_fresh is a consistency_token for one of the polls: its first answer shows that command's effect."""
     @builtins.property
@@ -523,16 +524,23 @@ class WatchResultsRequest(message.Message):
         conflated. Absent: every change that the stream has room for.
         """
 
+    @builtins.property
+    def at_least_as_fresh_each(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """at_least_as_fresh_each has consistency_tokens for any of the polls, up to 100: the first answer about each shows its
+        command's effect. Of several for one poll the latest counts.
+        """
+
     def __init__(
         self,
         *,
         poll_ids: abc.Iterable[builtins.str] | None = ...,
         min_interval: duration_pb2.Duration | None = ...,
         at_least_as_fresh: builtins.str = ...,
+        at_least_as_fresh_each: abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["min_interval", b"min_interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["at_least_as_fresh", b"at_least_as_fresh", "min_interval", b"min_interval", "poll_ids", b"poll_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["at_least_as_fresh", b"at_least_as_fresh", "at_least_as_fresh_each", b"at_least_as_fresh_each", "min_interval", b"min_interval", "poll_ids", b"poll_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -127,12 +127,13 @@ class QueryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchResults(self, request, context):
-        """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow; for that to
-        hold across streams too, give the last consistency_token as at_least_as_fresh when a stream is begun again. A slow
-        reader gets the newest state and never a backlog. The stream ends with OK once each poll is CERTIFIED or CANCELLED
-        and its last results were sent; after UNAVAILABLE, also that of a connection that has served its time, watch again.
-        Fails with POLL_NOT_FOUND, and with RESULTS_HIDDEN where one of the polls shows its results AFTER_CLOSE and is not
-        closed: watch again with the token of ClosePoll, or after closes_at.
+        """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow, and one comes
+        twice only where its counts were corrected by a rebuild; for that to hold across streams too, give the last
+        consistency_token of each poll as at_least_as_fresh_each when a stream is begun again. A slow reader gets the newest
+        state and never a backlog. The stream ends with OK once each poll is CERTIFIED or CANCELLED and its last results were
+        sent; after UNAVAILABLE, also that of a connection that has served its time, watch again. Fails with POLL_NOT_FOUND,
+        and with RESULTS_HIDDEN where one of the polls shows its results AFTER_CLOSE and is not closed: watch again with the
+        token of ClosePoll, or after closes_at.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -48,12 +48,13 @@ class QueryServiceStub:
     BatchGetResults: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.BatchGetResultsRequest, _query_service_pb2.BatchGetResultsResponse]
     """BatchGetResults returns the current counts of many polls. One that is not found or hidden fails none of the others."""
     WatchResults: _grpc.UnaryStreamMultiCallable[_query_service_pb2.WatchResultsRequest, _query_service_pb2.WatchResultsResponse]
-    """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow; for that to
-    hold across streams too, give the last consistency_token as at_least_as_fresh when a stream is begun again. A slow
-    reader gets the newest state and never a backlog. The stream ends with OK once each poll is CERTIFIED or CANCELLED
-    and its last results were sent; after UNAVAILABLE, also that of a connection that has served its time, watch again.
-    Fails with POLL_NOT_FOUND, and with RESULTS_HIDDEN where one of the polls shows its results AFTER_CLOSE and is not
-    closed: watch again with the token of ClosePoll, or after closes_at.
+    """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow, and one comes
+    twice only where its counts were corrected by a rebuild; for that to hold across streams too, give the last
+    consistency_token of each poll as at_least_as_fresh_each when a stream is begun again. A slow reader gets the newest
+    state and never a backlog. The stream ends with OK once each poll is CERTIFIED or CANCELLED and its last results were
+    sent; after UNAVAILABLE, also that of a connection that has served its time, watch again. Fails with POLL_NOT_FOUND,
+    and with RESULTS_HIDDEN where one of the polls shows its results AFTER_CLOSE and is not closed: watch again with the
+    token of ClosePoll, or after closes_at.
     """
     GetVote: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.GetVoteRequest, _query_service_pb2.GetVoteResponse]
     """GetVote returns a voter's receipt. Fails with VOTE_NOT_FOUND."""
@@ -94,12 +95,13 @@ class QueryServiceAsyncStub(QueryServiceStub):
     BatchGetResults: _aio.UnaryUnaryMultiCallable[_query_service_pb2.BatchGetResultsRequest, _query_service_pb2.BatchGetResultsResponse]  # type: ignore[assignment]
     """BatchGetResults returns the current counts of many polls. One that is not found or hidden fails none of the others."""
     WatchResults: _aio.UnaryStreamMultiCallable[_query_service_pb2.WatchResultsRequest, _query_service_pb2.WatchResultsResponse]  # type: ignore[assignment]
-    """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow; for that to
-    hold across streams too, give the last consistency_token as at_least_as_fresh when a stream is begun again. A slow
-    reader gets the newest state and never a backlog. The stream ends with OK once each poll is CERTIFIED or CANCELLED
-    and its last results were sent; after UNAVAILABLE, also that of a connection that has served its time, watch again.
-    Fails with POLL_NOT_FOUND, and with RESULTS_HIDDEN where one of the polls shows its results AFTER_CLOSE and is not
-    closed: watch again with the token of ClosePoll, or after closes_at.
+    """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow, and one comes
+    twice only where its counts were corrected by a rebuild; for that to hold across streams too, give the last
+    consistency_token of each poll as at_least_as_fresh_each when a stream is begun again. A slow reader gets the newest
+    state and never a backlog. The stream ends with OK once each poll is CERTIFIED or CANCELLED and its last results were
+    sent; after UNAVAILABLE, also that of a connection that has served its time, watch again. Fails with POLL_NOT_FOUND,
+    and with RESULTS_HIDDEN where one of the polls shows its results AFTER_CLOSE and is not closed: watch again with the
+    token of ClosePoll, or after closes_at.
     """
     GetVote: _aio.UnaryUnaryMultiCallable[_query_service_pb2.GetVoteRequest, _query_service_pb2.GetVoteResponse]  # type: ignore[assignment]
     """GetVote returns a voter's receipt. Fails with VOTE_NOT_FOUND."""
@@ -167,12 +169,13 @@ class QueryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _query_service_pb2.WatchResultsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_query_service_pb2.WatchResultsResponse], _abc.AsyncIterator[_query_service_pb2.WatchResultsResponse]]:
-        """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow; for that to
-        hold across streams too, give the last consistency_token as at_least_as_fresh when a stream is begun again. A slow
-        reader gets the newest state and never a backlog. The stream ends with OK once each poll is CERTIFIED or CANCELLED
-        and its last results were sent; after UNAVAILABLE, also that of a connection that has served its time, watch again.
-        Fails with POLL_NOT_FOUND, and with RESULTS_HIDDEN where one of the polls shows its results AFTER_CLOSE and is not
-        closed: watch again with the token of ClosePoll, or after closes_at.
+        """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow, and one comes
+        twice only where its counts were corrected by a rebuild; for that to hold across streams too, give the last
+        consistency_token of each poll as at_least_as_fresh_each when a stream is begun again. A slow reader gets the newest
+        state and never a backlog. The stream ends with OK once each poll is CERTIFIED or CANCELLED and its last results were
+        sent; after UNAVAILABLE, also that of a connection that has served its time, watch again. Fails with POLL_NOT_FOUND,
+        and with RESULTS_HIDDEN where one of the polls shows its results AFTER_CLOSE and is not closed: watch again with the
+        token of ClosePoll, or after closes_at.
         """
 
     @_abc_1.abstractmethod
