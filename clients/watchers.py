@@ -30,7 +30,8 @@ async def watch(
     on_lost: Callable[[str], None] = lambda _: None,
     until: Callable[[Results], bool] = lambda results: results.state in ENDED,
 ) -> AsyncGenerator[Results, None]:
-    """Yields the current results, then newer ones, up to those `until` which or the poll's last; versions only grow.
+    """Yields the current results, then newer ones, up to those `until` which or the poll's last; versions only grow,
+    and one comes again only where its counts were corrected.
 
     `min_interval`: seconds between two results at least. A lost connection is retried for `retry_for` seconds, and told
     to `on_lost` unless the first attempt succeeds. Raises Refused. To be closed by its caller (contextlib.aclosing).
@@ -41,7 +42,7 @@ async def watch(
         interval.FromMilliseconds(round(min_interval * 1000))
         request.min_interval.CopyFrom(interval)
     patience = Patience(retry_for)
-    version = 0
+    newest = Results()
     clock = asyncio.get_running_loop().time
     while True:
         started, answered, newer = clock(), False, False
@@ -50,8 +51,9 @@ async def watch(
             async for response in call:
                 answered = True
                 results = response.results
-                if results.version > version:
-                    version, newer = results.version, True
+                corrects = results.version == newest.version and results.counts != newest.counts
+                if results.version > newest.version or corrects:
+                    newest, newer = results, True
                     # Whichever server answers next shows nothing older.
                     request.at_least_as_fresh = results.consistency_token
                     yield results

@@ -2,7 +2,8 @@
 
 Each watched poll is a `Topic` that holds its newest results, as bytes that every watcher is sent. A watcher holds no
 results, only which of its topics have news for it; so a slow reader costs nothing and gets the newest state, and
-versions only grow, because a topic takes nothing over that is not newer than what it has.
+versions only grow, because a topic takes nothing over that is not newer than what it has. The one exception are results
+of the same version that a rebuild has corrected.
 
 Nothing is missed: a topic is read from Redis after Redis has confirmed its subscription. Until then, and while Redis
 is away or has nothing, it is read again every second, from the read database where Redis does not help. Whoever waits
@@ -77,9 +78,13 @@ class Topic:
         # The poll has ended: nothing newer will come.
         self.final = False
 
-    def offer(self, version: int, results: bytes, *, final: bool = False) -> None:
-        """Takes results over if they are newer: what arrives late or twice is dropped."""
-        if version > self.version:
+    def offer(self, version: int, results: bytes, *, final: bool = False, known: bytes | None = None) -> None:
+        """Takes results over if they are newer, or correct those that are here: what arrives late or twice is dropped.
+
+        `known` is what was here when a store was asked: it alone can be corrected, not what has come since.
+        """
+        corrects = 0 < version == self.version and known is self.results and _differ(known, results)
+        if version > self.version or corrects:
             self.version, self.results, self.absence, self.final = version, results, None, final
             for watcher in self.watchers:
                 watcher.notice(self)
@@ -149,7 +154,8 @@ class Watcher:
                         self._news.clear()
                         await self._something()
         except TimeoutError:
-            if topic.version or topic.absence == ErrorReason.ERROR_REASON_POLL_NOT_FOUND:
+            missing = topic.absence == ErrorReason.ERROR_REASON_POLL_NOT_FOUND
+            if topic.poll_id in self.wanted and (topic.version or missing):
                 raise behind(topic.version, self.wanted[topic.poll_id]) from None
             raise _absence(topic) from None
         for topic in self.topics:
@@ -321,19 +327,19 @@ class Watchers:
     def _heard(self, channel: bytes, results: bytes) -> None:
         _updates.inc()
         if topic := self._topics.get(channel):
-            self._offer(topic, results)
+            self._offer(topic, results, topic.results)
 
     def _lost(self) -> None:
         for topic in self._topics.values():
             topic.live = False
 
-    def _offer(self, topic: Topic, results: bytes) -> bool:
+    def _offer(self, topic: Topic, results: bytes, known: bytes) -> bool:
         try:
             if are_hidden(results):
-                topic.offer(version_of(results), results)
+                topic.offer(version_of(results), results, known=known)
             else:
                 news = GetResultsResponse.FromString(results).results
-                topic.offer(news.version, results, final=news.state in _FINAL)
+                topic.offer(news.version, results, final=news.state in _FINAL, known=known)
         except DecodeError:
             _broken.inc()
             log.error("redis has something else than results", poll_id=str(topic.poll_id))
@@ -344,16 +350,16 @@ class Watchers:
         """Reads topics that are new, were joined anew, or that Redis does not tell about; else the views are asked."""
         while True:
             topics = await self._unread_in_redis.take()
-            joined = [topic.channel in self._subscriptions for topic in topics]
+            before = [(topic.channel in self._subscriptions, topic.results) for topic in topics]
             try:
                 found = await self._live.counters([topic.poll_id for topic in topics])
             except FAILURES:
                 found = {}
-            for topic, was_joined in zip(topics, joined, strict=True):
+            for topic, (was_joined, known) in zip(topics, before, strict=True):
                 results = found.get(topic.poll_id)
-                known = results is not None and self._offer(topic, results)
-                topic.live = known and was_joined and topic.channel in self._subscriptions
-                if not known or any(watcher.lacks(topic) for watcher in topic.waiting):
+                has_results = results is not None and self._offer(topic, results, known)
+                topic.live = has_results and was_joined and topic.channel in self._subscriptions
+                if not has_results or any(watcher.lacks(topic) for watcher in topic.waiting):
                     self._unread_in_views.add([topic])
 
     async def _read_views(self) -> None:
@@ -375,7 +381,7 @@ class Watchers:
             failing = False
             for topic in topics:
                 if topic.poll_id in newer:
-                    self._offer(topic, newer[topic.poll_id][1])
+                    self._offer(topic, newer[topic.poll_id][1], b"")
                 else:
                     topic.lack(ErrorReason.ERROR_REASON_POLL_NOT_FOUND)
 
@@ -416,6 +422,15 @@ class _Pile:
             # Those that nobody watches any more are no work.
             if watched := [topic for topic in batch if topic.watchers]:
                 return watched
+
+
+def _differ(known: bytes, results: bytes) -> bool:
+    """Whether results of the same version tell different things, whichever store they are from."""
+    if known == results or are_hidden(known) or are_hidden(results):
+        return known != results
+    one, other = (GetResultsResponse.FromString(each).results for each in (known, results))
+    one.source = other.source
+    return one != other
 
 
 def _check_shown(topic: Topic) -> None:

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -1232,6 +1232,26 @@ async def test_a_watcher_does_not_notice_that_its_connection_is_replaced(
     assert lost == []
     assert seen == sorted(set(seen))
     assert seen[-1] == 40
+
+
+async def test_counts_that_were_corrected_are_shown_again(read_dsn: str, redis_url: str, models: ReadModels) -> None:
+    poll_id = await models.poll()
+    await models.publish(poll_id, 2)
+    address = f"127.0.0.1:{free_port()}"
+    async with (
+        query_channel(read_dsn, redis_url, query_listen=address),
+        QueryServer(Address(address)) as queries,
+        aclosing(watch_results(queries, str(poll_id))) as changes,
+        asyncio.timeout(5),
+    ):
+        assert (await anext(changes)).version == 2
+        await until(lambda: is_subscribed(models, poll_id))
+        await models.publish(poll_id, 2)
+        await models.publish(poll_id, 2, options=3)
+        corrected = await anext(changes)
+        assert (corrected.version, len(corrected.counts)) == (2, 3)
+        await models.publish(poll_id, 3)
+        assert (await anext(changes)).version == 3
 
 
 async def test_cancelled_watchers_leave_nothing_behind(server: QueryServiceAsyncStub, models: ReadModels) -> None:

@@ -235,6 +235,36 @@ async def test_readers_and_voters_notice_nothing(stage: Stage, queries: QuerySer
     assert len(await stage.copies(read_model)) == 1
 
 
+async def test_watchers_are_told_what_a_rebuild_corrects_and_nothing_else(
+    stage: Stage, queries: QueryServiceAsyncStub
+) -> None:
+    wrong, right = [await stage.log.poll() for _ in range(2)]
+    async with stage.running("views"):
+        for poll in (wrong, right):
+            await stage.log.cast(poll, votes=5)
+        await stage.counted("views", wrong, right)
+        corrected = await answer(queries, wrong)
+        # What older code has counted.
+        results = query.GetResultsResponse(results=corrected)
+        results.results.counts[0].count += 1000
+        await stage.redis.hset(live_key(FIRST_GENERATION, wrong.poll_id), "results", results.SerializeToString())
+        names = [str(poll.poll_id) for poll in (wrong, right)]
+        watch = aiter(queries.WatchResults(query.WatchResultsRequest(poll_ids=names), timeout=10))
+        # The other poll comes from the read database.
+        assert results.results in [(await anext(watch)).results for _ in names]
+        await stage.rebuild("live")
+        told = (await anext(watch)).results
+        assert (told.version, told.counts) == (wrong.version, corrected.counts)
+        assert (await answer(queries, wrong)).counts == corrected.counts
+    async with stage.running("live"):
+        await stage.log.cast(right, votes=5)
+        assert (await anext(watch)).results.version == right.version
+
+
+async def answer(queries: QueryServiceAsyncStub, poll: WrittenPoll) -> query.Results:
+    return (await queries.GetResults(query.GetResultsRequest(poll_id=str(poll.poll_id)))).results
+
+
 @pytest.mark.parametrize("failpoint", ["rebuild.applied", "rebuild.before_switch", "rebuild.after_switch"])
 async def test_killed_at_any_point_it_is_run_again(stage: Stage, failpoint: str) -> None:
     read_models = ["live", "views"]

@@ -11,8 +11,14 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 from tally.poll.v1.error_reason_pb2 import ErrorReason
+from tally.query.v1.query_service_pb2 import (
+    RESULTS_SOURCE_LIVE_CACHE,
+    RESULTS_SOURCE_READ_DATABASE,
+    GetResultsResponse,
+    Results,
+)
 
-from contracts.live import live_channel
+from contracts.live import hidden_results, live_channel
 from contracts.refusals import Refusal
 from query_server.announcements import Announcements
 from query_server.live import LiveResults, connect
@@ -95,6 +101,28 @@ async def test_versions_only_grow(hub: Watchers) -> None:
     assert seen == sorted(set(seen))
 
 
+async def test_a_version_is_told_again_where_its_counts_were_corrected(hub: Watchers) -> None:
+    topic = new_topic()
+    watcher = watcher_of(hub, topic)
+    stored, live, corrected = (
+        GetResultsResponse(results=Results(version=2, total_votes=votes, source=source)).SerializeToString()  # type: ignore[arg-type]
+        for votes, source in ((7, RESULTS_SOURCE_READ_DATABASE), (7, RESULTS_SOURCE_LIVE_CACHE), (9, 0))
+    )
+    topic.offer(2, stored)
+    assert await sent(watcher) == stored
+    # The same from another store is no news.
+    topic.offer(2, live, known=stored)
+    assert not await has_news(watcher)
+    topic.offer(2, corrected, known=stored)
+    assert await sent(watcher) == corrected
+    # What was asked for before that arrives late.
+    topic.offer(2, stored, known=stored)
+    assert not await has_news(watcher)
+    topic.offer(2, hidden_results(2), known=corrected)
+    with pytest.raises(Refusal):
+        await sent(watcher)
+
+
 async def test_a_busy_poll_does_not_hide_the_others(hub: Watchers) -> None:
     busy, quiet = new_topic(), new_topic()
     watcher = watcher_of(hub, busy, quiet)
@@ -161,6 +189,20 @@ async def test_a_start_that_fails_says_why(
     with pytest.raises(Refusal) as refused:
         await start
     assert refused.value.reason == reason
+
+
+async def test_a_poll_that_is_found_missing_as_patience_ends_is_not_found(hub: Watchers) -> None:
+    topic, fresh = new_topic(), new_topic()
+    watcher = watcher_of(hub, topic, fresh, wanted={fresh.poll_id: 1})
+    start = asyncio.ensure_future(watcher.start(0.05))
+    await asyncio.sleep(0)
+    # Both are due once the loop looks again.
+    loop = asyncio.get_running_loop()
+    loop.call_later(0.05, topic.lack, NOT_FOUND)
+    loop.call_soon(time.sleep, 0.1)
+    with pytest.raises(Refusal) as refused:
+        await start
+    assert refused.value.reason == NOT_FOUND
 
 
 async def test_a_watcher_is_sent_away_when_the_server_stops(hub: Watchers) -> None:
