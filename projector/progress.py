@@ -3,6 +3,7 @@
 import asyncio
 import math
 import time
+from collections.abc import Collection
 from datetime import UTC
 from typing import Any
 
@@ -22,6 +23,7 @@ from tally.query.v1.query_service_pb2 import (
 )
 
 from contracts.bus import OUTBOX_REPORTS, STREAM
+from contracts.dead_letters import DeadLetter
 from contracts.status import REPORT_SECONDS, now
 from projector.stream import Position
 
@@ -49,20 +51,29 @@ class Progress:
         self._version: int | None = None
         # What was recorded up to this moment, in Unix seconds, and had reached the stream, is applied; None: unknown.
         self._complete_at: float | None = None
-        self._parked = 0
+        self._parked: Collection[DeadLetter] | None = None
         self._gapped: int | None = None
         self._last_error = ""
         self._last_error_at = Timestamp()
         self._stream: StreamStatus | None = None
         self._outbox: dict[int, OutboxStatus] = {}
 
-    def applied(self, position: Position, recorded_at: float, *, everything: bool, gapped: int, parked: int) -> None:
-        """The read model contains the stream up to `position`, and there was just now nothing else if `everything`.
+    def applied(
+        self,
+        position: Position,
+        recorded_at: float,
+        *,
+        everything: bool,
+        gapped: int,
+        parked: Collection[DeadLetter],
+    ) -> None:
+        """The read model contains the stream up to `position`, and there was just now nothing else if `everything`;
+        except for what waits in the polls that are `gapped` or `parked`.
         `recorded_at` is when the latest event of it was, in Unix seconds, 0 where that is unknown."""
         self._reading = True
         self._version = position.sequence
         self._gapped, self._parked = gapped, parked
-        if gapped:
+        if gapped or parked:
             return
         if everything:
             self._complete_at = time.time()
@@ -106,14 +117,15 @@ class Progress:
             name=self._read_model,
             state=READ_MODEL_STATE_READING if self._reading else READ_MODEL_STATE_INTERRUPTED,
             version=self._version,
-            parked_polls=self._parked,
+            parked_polls=None if self._parked is None else len(self._parked),
             gapped_polls=self._gapped,
             last_error=self._last_error,
             last_error_at=self._last_error_at if self._last_error else None,
             reported_at=at,
         )
         if self._reading and self._stream and self._version is not None:
-            status.events_behind = max(self._stream.last_sequence - self._version, 0)
+            waiting = sum(1 + letter.waiting for letter in self._parked or ())
+            status.events_behind = max(self._stream.last_sequence - self._version, 0) + waiting
         if self._complete_at:
             complete = status.HasField("events_behind") and not status.events_behind
             status.seconds_behind = 0.0 if complete else max(time.time() - self._complete_at, 0.0)

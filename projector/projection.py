@@ -389,7 +389,7 @@ class _StreamSession(Session):
                     self._recorded_at,
                     everything=not messages or not messages[-1].pending,
                     gapped=len(self._gaps),
-                    parked=len(self._parked),
+                    parked=self._parked.values(),
                 )
 
     async def _reopen(self, retry: bool) -> None:

@@ -166,7 +166,10 @@ def _behind_in_stream(
     """How many messages of the stream the read model lacks: as its projector says, or another that sees the stream."""
     if status.state == READ_MODEL_STATE_READING:
         return status.events_behind if status.HasField("events_behind") else None
-    if not status.HasField("version") or stream is None or not is_fresh(stream.reported_at, at):
+    # How many events wait behind dead letters, its projector alone knows.
+    if status.parked_polls or not status.HasField("version"):
+        return None
+    if stream is None or not is_fresh(stream.reported_at, at):
         return None
     if seen.created_at != stream.created_at:
         # It was made anew, and counts its messages from 1 again.

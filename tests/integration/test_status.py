@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from prometheus_client import REGISTRY
+from tally.event.v1.event_pb2 import Event
 from tally.query.v1.query_service_pb2 import (
     READ_MODEL_STATE_INTERRUPTED,
     READ_MODEL_STATE_READING,
@@ -153,6 +154,37 @@ async def test_all_is_well_once_everything_is_applied(settings: dict[str, str], 
         assert metric("tally_projector_stream_sequence", read_model=name) == 12
         assert metric("tally_projector_pending_messages", read_model=name) == 0
         assert metric("tally_projector_seconds_behind", read_model=name) == 0
+
+
+async def test_what_waits_behind_a_dead_letter_is_behind(settings: dict[str, str], log: EventLog) -> None:
+    poll = await log.poll()
+    async with asking(settings) as asked:
+
+        async def stands_still(events: int, *, seconds_known: bool) -> None:
+            for model in (await asked.status()).read_models:
+                assert (model.state, model.parked_polls, model.gapped_polls) == (READ_MODEL_STATE_READING, 1, 0)
+                assert model.events_behind == events
+                assert model.HasField("seconds_behind") is seconds_known
+                assert model.seconds_behind > 1.0 or not seconds_known
+
+        async with running(settings, "relay", *READ_MODELS):
+            await eventually(lambda: _applied(asked, 2))
+            # A change that nobody knows.
+            await log.change(poll, "OPEN", Event())
+            await log.cast(poll, votes=3)
+            await log.cast(poll)
+            await eventually(lambda: stands_still(3, seconds_known=True))
+            await log.cast(poll)
+            await eventually(lambda: stands_still(4, seconds_known=True))
+            code, printed = await asked.tally("--max-behind", "1")
+            assert (code, printed.count("1 polls are parked"), printed.count(": 4 events and ")) == (3, 3, 3)
+        async with running(settings, "relay", *READ_MODELS):
+            # They have never seen the read model complete.
+            await eventually(lambda: stands_still(4, seconds_known=False))
+
+
+async def _applied(asked: Asked, version: int) -> None:
+    assert [model.version for model in (await asked.status()).read_models] == [version] * 3
 
 
 async def test_what_nobody_reports_is_unknown_and_never_0(settings: dict[str, str]) -> None:

@@ -15,6 +15,7 @@ from tally.query.v1.query_service_pb2 import (
 )
 
 from clients.status import troubles_of
+from projector.progress import Progress
 from query_server.status import merged
 
 NOW = 1_800_000_000
@@ -133,7 +134,18 @@ def test_a_store_that_does_not_answer_is_not_an_empty_one() -> None:
     ]
 
 
-def test_parked_polls_are_trouble_also_where_nothing_is_behind() -> None:
-    parked = report()
+def test_parked_polls_are_trouble_also_where_nothing_is_late() -> None:
+    parked = report(events_behind=5, seconds_behind=1.0)
     parked.read_models[0].parked_polls = 2
     assert list(troubles_of(answer(parked), 10)) == ["live: 2 polls are parked: an event cannot be applied"]
+
+
+def test_what_waits_in_parked_polls_is_unknown_where_their_projector_is_dead() -> None:
+    dead = report(heard=60)
+    dead.read_models[0].parked_polls = 2
+    assert behind(answer(dead, report("views")).read_models[0]) == (None, 60.0)
+
+
+def test_a_projector_that_has_just_begun_knows_nothing() -> None:
+    [begun] = Progress("live").report().read_models
+    assert [field.name for field, _ in begun.ListFields()] == ["name", "state", "reported_at"]
