@@ -7,9 +7,14 @@ from tally.event.v1.event_pb2 import VotesCast
 from contracts.voters import KEY_BYTES
 
 
+def cast_votes(votes: VotesCast) -> int:
+    """How many voters voted, for the first time or anew; each with one mark or several."""
+    return len(votes.voter_keys) // KEY_BYTES
+
+
 def added_votes(votes: VotesCast) -> int:
     """How many more voters have a counted vote."""
-    return len(votes.voter_keys) // KEY_BYTES - votes.replaced
+    return cast_votes(votes) - votes.replaced
 
 
 def count_changes(votes: VotesCast) -> Counter[int]:

@@ -24,6 +24,7 @@ from prometheus_client import Counter, Gauge
 from tally.event.v1.event_pb2 import Event
 
 from contracts.bus import REPUBLISH, republish_request
+from contracts.counting import cast_votes
 from contracts.dead_letters import MAX_DATA_BYTES, MAX_ERROR_CHARACTERS, UNREADABLE, DeadLetter
 from contracts.status import REPORT_SECONDS
 from projector import stream
@@ -352,7 +353,7 @@ class Session:
         name = self._model.name
         for change in changes:
             _events.labels(name).inc(len(change.events))
-            _votes.labels(name).inc(sum(len(event.votes_cast.option_numbers) for event in change.events))
+            _votes.labels(name).inc(sum(cast_votes(event.votes_cast) for event in change.events))
             self._recorded_at = max(self._recorded_at, change.tally.as_of.ToNanoseconds() / 1e9)
         _open_gaps.labels(name).set(len(self._gaps))
         _parked.labels(name).set(len(self._parked))

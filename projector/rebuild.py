@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
+from contracts.counting import cast_votes
 from projector.event_log import EventLog, Incomplete, LoggedPoll
 from projector.live_copies import LiveCopies
 from projector.projection import ReadModel, Session
@@ -129,7 +130,7 @@ class Rebuild:
         async for messages in self._log.events(polls, known):
             for change in await self._session.apply(messages):
                 self.events += len(change.events)
-                self.votes += sum(len(event.votes_cast.option_numbers) for event in change.events)
+                self.votes += sum(cast_votes(event.votes_cast) for event in change.events)
             failpoint("rebuild.applied")
             self._went_on()
 

@@ -58,12 +58,14 @@ class EventLog:
         columns = (state, poll.spec.SerializeToString(), None, None, event.SerializeToString())
         poll.version = await self.connection.fetchval(sql.change_poll, poll.poll_no, *columns)
 
-    async def cast(self, poll: WrittenPoll, votes: int = 1) -> None:
-        """One event with so many votes of new voters."""
+    async def cast(self, poll: WrittenPoll, votes: int = 1, marks: int = 1) -> None:
+        """One event with so many votes of new voters, each with so many marks."""
         keys = sorted(os.urandom(16) for _ in range(votes))
-        numbers = random.choices(range(len(poll.counts)), k=votes)
+        numbers = [number for _ in range(votes) for number in random.sample(range(len(poll.counts)), marks)]
         batch_id = random.getrandbits(62)
         cast = VotesCast(batch_id=batch_id, voter_keys=b"".join(keys), option_numbers=numbers)
+        if marks > 1:
+            cast.choices.extend([marks] * votes)
         payload = Event(votes_cast=cast).SerializeToString()
         row = await self.connection.fetchrow(sql.log_votes, poll.poll_no, batch_id, payload)
         poll.version = row["version"]

@@ -18,6 +18,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from nats.js.api import StreamConfig
+from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 from tally.event.v1.event_pb2 import Event, VotesCast
 from tally.poll.v1.poll_pb2 import POLL_STATE_CLOSED, POLL_STATE_OPEN
@@ -220,6 +221,18 @@ async def test_votes_arrive_in_both_read_models(all_: Everything) -> None:
     results = await all_.results(polls[0])
     last = (await log.events(polls[0]))[-1]
     assert (results.state, results.as_of) == (POLL_STATE_CLOSED, last.recorded_at)
+
+
+async def test_a_ballot_with_several_marks_is_one_vote(all_: Everything) -> None:
+    def applied() -> float:
+        return REGISTRY.get_sample_value("tally_projector_votes_total", {"read_model": "views"}) or 0.0
+
+    before = applied()
+    async with running(all_.relay, all_.views):
+        poll = await all_.log.poll(options=4)
+        await all_.log.cast(poll, votes=5, marks=3)
+        await all_.views_counted(poll)
+    assert applied() - before == 5
 
 
 async def test_the_views_say_all_there_is_to_know_of_a_poll(all_: Everything) -> None:

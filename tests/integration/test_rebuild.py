@@ -296,7 +296,7 @@ async def test_the_event_log_is_enough(stage: Stage) -> None:
     polls = [await stage.log.poll(options=number) for number in (2, 30)] + [await stage.log.poll(opened=False)]
     for _ in range(20):
         await stage.log.cast(polls[0], votes=100)
-    await stage.log.cast(polls[1], votes=3)
+    await stage.log.cast(polls[1], votes=3, marks=4)
     await stage.log.close(polls[1])
     for name in STORES:
         outcome = await stage.rebuild(name)
