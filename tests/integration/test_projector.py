@@ -167,7 +167,7 @@ class Everything:
         assert document["turnout"]["total_votes"] == len(poll.voters)
 
     async def counted(self, *polls: WrittenPoll) -> None:
-        """Waits until both read models have these polls as they were written."""
+        """Waits until live and views have these polls as they were written."""
         await self.live_counted(*polls)
         await self.views_counted(*polls)
 
@@ -178,6 +178,10 @@ class Everything:
     async def views_counted(self, *polls: WrittenPoll) -> None:
         for poll in polls:
             await eventually(lambda poll=poll: self.in_views(poll))  # type: ignore[misc]
+
+    async def documents_counted(self, *polls: WrittenPoll) -> None:
+        for poll in polls:
+            await eventually(lambda poll=poll: self.in_documents(poll))  # type: ignore[misc]
 
 
 @pytest.fixture
@@ -343,14 +347,15 @@ async def test_killed_at_any_point_it_counts_each_vote_once(all_: Everything, tm
         await log.cast(poll, votes=5)
     async with running(all_.relay):
         for _ in range(2):
-            for read_model in ("live", "views"):
+            for read_model in READ_MODELS:
                 settings = all_.settings | {"failpoint": failpoint}
                 async with service(tmp_path, "projector", read_model, **settings) as process:
                     await process.ended()
                     assert process.how_it_ended() == "was killed by SIGKILL"
             await log.cast(poll, votes=5)
-        async with running(all_.live, all_.views):
+        async with running(all_.live, all_.views, all_.documents):
             await all_.counted(poll)
+            await all_.documents_counted(poll)
 
 
 async def test_killed_again_and_again_it_counts_each_vote_once(all_: Everything, tmp_path: Path) -> None:
@@ -500,10 +505,11 @@ async def test_a_wiped_read_database_is_filled_again(all_: Everything) -> None:
 async def test_two_projectors_of_one_read_model_count_nothing_twice(all_: Everything) -> None:
     log = all_.log
     polls = [await log.poll() for _ in range(3)]
-    async with running(all_.relay, all_.live, all_.live, all_.views, all_.views):
+    async with running(all_.relay, *[all_.live, all_.views, all_.documents] * 2):
         for number in range(60):
             await log.cast(polls[number % 3], votes=20)
         await all_.counted(*polls)
+        await all_.documents_counted(*polls)
 
 
 @pytest.mark.parametrize("kind", [Live, Views, Documents])

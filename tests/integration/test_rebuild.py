@@ -267,7 +267,7 @@ async def answer(queries: QueryServiceAsyncStub, poll: WrittenPoll) -> query.Res
 
 @pytest.mark.parametrize("failpoint", ["rebuild.applied", "rebuild.before_switch", "rebuild.after_switch"])
 async def test_killed_at_any_point_it_is_run_again(stage: Stage, failpoint: str) -> None:
-    read_models = ["live", "views"]
+    read_models = [*STORES]
     polls = [await stage.log.poll() for _ in range(3)]
     async with stage.running(*read_models):
         for poll in polls:
