@@ -9,6 +9,10 @@ tally.query.v1.GetResultsResponse (which has the same bytes as a WatchResultsRes
 `live_channel`, the same whatever the copy, as those same bytes: so the counters are encoded once, whatever the number
 of readers.
 
+A copy that begins from nothing, as after Redis was wiped, is filled from the oldest event on. Until it has everything
+that there was when it began it is not for readers: `filling_key` says so, nothing is published, and an empty message
+on each channel tells who is subscribed that Redis has nothing to say for now.
+
 While a poll hides its results, `results`, and what is published, is `hidden_results` in their place: no query server
 ever holds what it must not tell. The projector keeps what it counts on from in `counted`, which nobody else reads.
 """
@@ -34,6 +38,11 @@ def position_key(generation: str) -> str:
 def frozen_key(generation: str) -> str:
     """While there is this key, nothing in a copy is changed: it is about to be replaced."""
     return f"tally:live:{generation}:frozen"
+
+
+def filling_key(generation: str) -> str:
+    """While there is this key, readers find nothing in a copy. query_server/live.lua makes this name, too."""
+    return f"tally:live:{generation}:filling"
 
 
 def dead_letters_key(generation: str) -> str:

@@ -35,6 +35,11 @@ class Gaps:
         """Where a restart has to resume the stream so that it meets the oldest gap again; None: anywhere."""
         return next((gap.before for gap in self._gaps.values() if gap.before), None)
 
+    @property
+    def hopeful(self) -> bool:
+        """Whether one of them may still be filled: the relay was not asked in vain for long."""
+        return any(gap.pause < _LONGEST_PAUSE_SECONDS for gap in self._gaps.values())
+
     def reopen(self, poll_id: str, missing: int, seen: int) -> None:
         """Asks for a version once more that was missing before, and is remembered elsewhere."""
         self._gaps[poll_id] = _Gap(missing, seen, None)

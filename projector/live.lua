@@ -1,9 +1,9 @@
 -- Moves polls of a copy to new versions and its position on, and keeps or drops dead letters, all or nothing, and tells
--- the subscribers of each poll. KEYS: which copy it is to be; whether it is frozen; its position; its dead letters; then
--- each poll. ARGV: the copy; the position before and after; then of each poll the version before (0: none) and after, the
--- results as readers may see them, what is counted on from where that is something else, and the channel ('': nobody is
--- told); then of each dead letter its poll, and the letter ('': none any longer). Returns the first key that is not as
--- expected, and then changes nothing.
+-- the subscribers of each poll. KEYS: which copy it is to be; whether it is frozen; its position; its dead letters;
+-- whether it is being filled; then each poll. ARGV: the copy; the position before and after; the channels of all polls
+-- ('': nobody is told anything); then of each poll the version before (0: none) and after, the results as readers may see
+-- them, what is counted on from where that is something else, and the channel; then of each dead letter its poll, and the
+-- letter ('': none any longer). Returns the first key that is not as expected, and then changes nothing.
 if (redis.call('GET', KEYS[1]) or '0') ~= ARGV[1] then
     return KEYS[1]
 end
@@ -13,18 +13,27 @@ end
 if (redis.call('GET', KEYS[3]) or '') ~= ARGV[2] then
     return KEYS[3]
 end
-local at = 4
-for i = 5, #KEYS do
+local at = 5
+for i = 6, #KEYS do
     if (redis.call('HGET', KEYS[i], 'version') or '0') ~= ARGV[at] then
         return KEYS[i]
     end
     at = at + 5
 end
-at = 4
-for i = 5, #KEYS do
+local told = ARGV[4] ~= '' and redis.call('EXISTS', KEYS[5]) == 0
+if ARGV[4] ~= '' and ARGV[2] == '' then
+    -- It begins from nothing: what subscribers have is newer than what it will have for some time.
+    redis.call('SET', KEYS[5], '')
+    told = false
+    for _, channel in ipairs(redis.call('PUBSUB', 'CHANNELS', ARGV[4])) do
+        redis.call('PUBLISH', channel, '')
+    end
+end
+at = 5
+for i = 6, #KEYS do
     local version, results, counted, channel = ARGV[at + 1], ARGV[at + 2], ARGV[at + 3], ARGV[at + 4]
     redis.call('HSET', KEYS[i], 'version', version, 'results', results, 'counted', counted)
-    if channel ~= '' then
+    if told then
         redis.call('PUBLISH', channel, results)
     end
     at = at + 5

@@ -22,6 +22,7 @@ from contracts.live import (
     GENERATION_KEY,
     STATUS_KEY,
     dead_letters_key,
+    filling_key,
     frozen_key,
     hidden_results,
     live_channel,
@@ -88,15 +89,15 @@ class Live:
     ) -> None:
         copy = self.generation
         polls = [live_key(copy, change.poll_id) for change in changes]
-        keys = [self._named_by, frozen_key(copy), position_key(copy), dead_letters_key(copy), *polls]
-        arguments: list[str | bytes | int] = [copy, _text(old), _text(new)]
+        keys = [self._named_by, frozen_key(copy), position_key(copy), dead_letters_key(copy), filling_key(copy), *polls]
+        # What is not in use yet is nobody's news.
+        channels = live_channel("*") if self._named_by == GENERATION_KEY else ""
+        arguments: list[str | bytes | int] = [copy, _text(old), _text(new), channels]
         for change in changes:
             results, counted = _results(change.poll_id, change.tally), b""
             if change.tally.hidden:
                 results, counted = hidden_results(change.tally.version), results
-            # What is not in use yet is nobody's news.
-            channel = live_channel(change.poll_id) if self._named_by == GENERATION_KEY else ""
-            arguments += [change.before, change.tally.version, results, counted, channel]
+            arguments += [change.before, change.tally.version, results, counted, live_channel(change.poll_id)]
         for poll_id, letter in letters.items():
             arguments += [poll_id, dead_letters.dump(letter) if letter else ""]
         async with asyncio.timeout(SECONDS):
@@ -105,6 +106,10 @@ class Live:
             key = unexpected.decode()
             displaced = Replaced if key in (self._named_by, frozen_key(copy)) else Displaced
             raise displaced(f"{key} is not as this process left it")
+
+    async def filled(self) -> None:
+        async with asyncio.timeout(SECONDS):
+            await self._redis.delete(filling_key(self.generation))
 
     async def report(self, status: bytes) -> None:
         async with asyncio.timeout(SECONDS):

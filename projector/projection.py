@@ -103,6 +103,10 @@ class ReadModel(Protocol):
     async def load(self, poll_ids: Sequence[str]) -> dict[str, Tally]:
         """Those of the polls that it has."""
 
+    async def filled(self) -> None:
+        """Notes that it has everything that there was when the session began. Until then, one that was empty is not for
+        readers that have something else to read."""
+
     async def dead_letters(self) -> list[DeadLetter]:
         """The events at which polls stand still."""
 
@@ -378,8 +382,13 @@ class _StreamSession(Session):
                 log.info("reading the stream from its beginning", position=self._stored.sequence)
                 self._reached = BEGINNING
             self._begun()
+            filled, backlog = False, reader.backlog
             while not stop.is_set():
+                if not (filled or backlog > 0 or self._gaps.hopeful):
+                    await self._model.filled()
+                    filled = True
                 messages = await reader.next(_LOOK_SECONDS)
+                backlog -= len(messages)
                 if messages:
                     await self.apply(messages)
                 else:

@@ -67,6 +67,9 @@ class Schema:
         """Those of the polls that it has."""
         raise NotImplementedError
 
+    async def filled(self) -> None:
+        """Readers have nothing else to read meanwhile."""
+
     async def dead_letters(self) -> list[DeadLetter]:
         return [DeadLetter(*row) for row in await self._connection.fetch(sql.dead_letters)]
 

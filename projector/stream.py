@@ -65,13 +65,13 @@ async def read(connection: Client, position: Position) -> AsyncIterator["Reader"
     Raises NotFoundError where there is no stream yet.
     """
     jetstream = connection.jetstream(timeout=_SECONDS)
-    consumer = await _consume(jetstream, position)
+    consumer, backlog = await _consume(jetstream, position)
     # Only now: if the stream is replaced after this look, the consumer goes with it, and that is noticed.
     resumed = await _holds(jetstream, position)
     if not resumed:
         await jetstream.delete_consumer(STREAM, consumer)
-        consumer = await _consume(jetstream, BEGINNING)
-    reader = Reader(connection, consumer, resumed)
+        consumer, backlog = await _consume(jetstream, BEGINNING)
+    reader = Reader(connection, consumer, resumed, backlog)
     await connection.subscribe(reader.inbox, cb=reader.on_message)
     try:
         yield reader
@@ -84,9 +84,11 @@ async def read(connection: Client, position: Position) -> AsyncIterator["Reader"
 class Reader:
     """Takes messages from the stream as they come; made by `read`."""
 
-    def __init__(self, connection: Client, consumer: str, resumed: bool) -> None:
+    def __init__(self, connection: Client, consumer: str, resumed: bool, backlog: int) -> None:
         self.inbox = connection.new_inbox()
         self.resumed = resumed
+        # How many messages there were to be read when it began.
+        self.backlog = backlog
         self._connection = connection
         self._next_subject = f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.{consumer}"
         self._messages: list[Message] = []
@@ -167,8 +169,9 @@ class Reader:
         await self._connection.publish(self._next_subject, json.dumps(request).encode(), reply=self.inbox)
 
 
-async def _consume(jetstream: JetStreamContext, position: Position) -> str:
-    """A consumer without acks, gone with its reader: how far reading came is kept with the data, not by NATS."""
+async def _consume(jetstream: JetStreamContext, position: Position) -> tuple[str, int]:
+    """A consumer, and the number of messages before it. Without acks, and gone with its reader: how far reading came is
+    kept with the data, not by NATS."""
     config = ConsumerConfig(
         deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
         opt_start_seq=position.sequence + 1,
@@ -177,7 +180,8 @@ async def _consume(jetstream: JetStreamContext, position: Position) -> str:
         num_replicas=1,
         inactive_threshold=_INACTIVE_SECONDS,
     )
-    return (await jetstream.add_consumer(STREAM, config)).name
+    consumer = await jetstream.add_consumer(STREAM, config)
+    return consumer.name, consumer.num_pending or 0
 
 
 async def _holds(jetstream: JetStreamContext, position: Position) -> bool:

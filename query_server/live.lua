@@ -1,9 +1,11 @@
--- The results of polls in the copy of the live counters that is in use at this moment, false where it has none.
+-- The results of polls in the copy of the live counters that is in use at this moment, false where it has none, or does
+-- not have everything yet.
 -- KEYS: which copy that is. ARGV: the polls. The names are those of contracts/live.py.
 local copy = 'tally:live:' .. (redis.call('GET', KEYS[1]) or '0') .. ':'
+local filling = redis.call('EXISTS', copy .. 'filling') == 1
 local found = {}
 for i = 1, #ARGV do
-    local results = redis.pcall('HGET', copy .. ARGV[i], 'results')
+    local results = not filling and redis.pcall('HGET', copy .. ARGV[i], 'results')
     -- What is wrong with one poll is no failure of the others.
     found[i] = type(results) == 'string' and results
 end

@@ -327,7 +327,11 @@ class Watchers:
     def _heard(self, channel: bytes, results: bytes) -> None:
         _updates.inc()
         if topic := self._topics.get(channel):
-            self._offer(topic, results, topic.results)
+            if results:
+                self._offer(topic, results, topic.results)
+            else:
+                # Redis was wiped, and is being filled.
+                topic.live = False
 
     def _lost(self) -> None:
         for topic in self._topics.values():

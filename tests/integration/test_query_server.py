@@ -28,6 +28,7 @@ from tally.poll.v1.poll_pb2 import PollOption, PollSpec, PollState
 from tally.query.v1 import query_service_pb2 as pb
 from tally.query.v1.query_service_pb2_grpc import QueryServiceStub
 
+import projector.live
 import projector.views
 from clients.connection import Address, QueryServer
 from clients.watchers import watch as watch_results
@@ -37,7 +38,7 @@ from contracts.read_database import CHANNEL, VIEWS, announcements, vote_key
 from contracts.voters import VoterKeys
 from projector.fold import fold
 from projector.projection import Change
-from projector.stream import Position
+from projector.stream import BEGINNING, Position
 from query_server import announcements as announcing
 from query_server import freshness, live, watchers
 from query_server.live import LiveResults
@@ -117,6 +118,12 @@ class ReadModels:
         """The key of a voter's row."""
         poll_no = await self.database.fetchval("SELECT poll_no FROM polls WHERE poll_id = $1", poll_id)
         return vote_key(VoterKeys(VOTER_SECRET).voter_key(voter_id), poll_no)
+
+
+def created(poll_id: UUID) -> Event:
+    """The first event of a poll."""
+    spec = PollSpec(title="?", options=[PollOption(option_id="a"), PollOption(option_id="b")])
+    return Event(poll_id=str(poll_id), version=1, recorded_at=NOON, poll_created=PollCreated(poll=spec))  # type: ignore[arg-type]
 
 
 def live_results(
@@ -656,9 +663,8 @@ async def test_an_announcement_is_heard_of_what_the_projector_stores(
     poll_ids = [uuid4() for _ in range(300)]
     changes = []
     for poll_id in poll_ids:
-        spec = PollSpec(title="?", options=[PollOption(option_id="a"), PollOption(option_id="b")])
-        created = Event(poll_id=str(poll_id), version=1, recorded_at=NOON, poll_created=PollCreated(poll=spec))  # type: ignore[arg-type]
-        changes.append(Change(str(poll_id), 0, fold(None, created), [created]))
+        event = created(poll_id)
+        changes.append(Change(str(poll_id), 0, fold(None, event), [event]))
     calls = [
         asyncio.ensure_future(
             server.GetPoll(pb.GetPollRequest(poll_id=str(poll_id), at_least_as_fresh=token(poll_id, 1)))
@@ -1124,6 +1130,34 @@ async def test_a_watcher_survives_the_death_of_redis(
     assert (results.version, results.source) == (6, LIVE)
     await models.publish(poll_id, 7)
     assert (await watch.next()).version == 7
+
+
+async def test_a_redis_that_is_being_filled_is_not_read(
+    redis_url: str, server: QueryServiceAsyncStub, models: ReadModels
+) -> None:
+    poll_id = await models.poll(version=9)
+    await models.publish(poll_id, 9)
+    watch = Watch(server, poll_id)
+    assert (await watch.next()).source == LIVE
+    old = fold(None, created(poll_id))
+    behind = Change(str(poll_id), 0, old, [])
+    ahead = Change(str(poll_id), old.version, old._replace(version=11), [])
+    beginning, middle, end = BEGINNING, Position(1, 1), Position(2, 2)
+    async with projector.live.Live.connect(redis_url) as model:
+        await models.live.flushdb()
+        await model.store([], {}, None, beginning)
+        await model.store([behind], {}, beginning, middle)
+        results = await get_results(server, poll_id)
+        assert (results.version, results.source) == (9, STORED)
+        # Who watches is not left alone with what Redis had before it was wiped.
+        await models.store(poll_id, 10)
+        results = await watch.next()
+        assert (results.version, results.source) == (10, STORED)
+        await model.store([ahead], {}, middle, end)
+        assert (await get_results(server, poll_id)).version == 10
+        await model.filled()
+        results = await watch.next()
+        assert (results.version, results.source) == (11, LIVE)
 
 
 @pytest.mark.usefixtures("no_sweep")
