@@ -131,6 +131,7 @@ class Announcements:
                 await connection.fetchval("SELECT 1")
 
     async def _look_up(self) -> None:
+        backoff = Backoff(first=_ALONE_SECONDS, longest=_SAFETY_SECONDS)
         while True:
             try:
                 async with asyncio.timeout(_SAFETY_SECONDS if self._arriving else _ALONE_SECONDS):
@@ -148,6 +149,12 @@ class Announcements:
                 except STORE_FAILURES:
                     # Whoever waits reads the same database, and is told by its own failure.
                     continue
+                except Exception:
+                    # The same, and no reason to send away whoever waits for nothing here.
+                    log.exception("defect")
+                    await backoff.wait()
+                    continue
+                backoff.reset()
                 for poll_id, version in versions.items():
                     self._reached(read_model, poll_id, version)
 

@@ -32,9 +32,11 @@ SELECT polls.version, votes.version AS vote_version, votes.recorded_at
 FROM polls LEFT JOIN votes ON votes.vote_key = encode($2::bytea || int4send(polls.poll_no), 'hex')::uuid
 WHERE poll_id = $1
 
--- statuses: what the projectors of this database say of themselves
-SELECT read_model, status FROM views.projector_status
-UNION ALL SELECT read_model, status FROM documents.projector_status
+-- status: what the projector of the views says of itself
+SELECT status FROM projector_status WHERE read_model = $1
+
+-- document_status: the same of the documents
+SELECT status FROM documents.projector_status WHERE read_model = $1
 
 -- voter_votes: a voter's votes in polls older than a place in the list, newest first, each with what became of the poll.
 -- The list goes by what is the same in every copy of the views, unlike poll_no. OFFSET keeps the planner, which takes a

@@ -69,8 +69,8 @@ class Status:
 
     async def read(self) -> GetReadModelStatusResponse:
         """The read models with what they are behind; see the contract."""
-        live, stored = await asyncio.gather(self._live_report(), self._stored_reports())
-        return merged({LIVE: live} | stored, now())
+        reports = await asyncio.gather(*map(self._report, READ_MODELS))
+        return merged(dict(zip(READ_MODELS, reports, strict=True)), now())
 
     async def measure(self) -> None:
         """Keeps the metrics up to date, for ever."""
@@ -83,19 +83,16 @@ class Status:
                 _measure(merged(dict.fromkeys(READ_MODELS), now()))
             await asyncio.sleep(_MEASURE_SECONDS)
 
-    async def _live_report(self) -> _Report | None:
+    async def _report(self, read_model: str) -> _Report | None:
+        store = self._live.status() if read_model == LIVE else self._views.status(read_model)
         try:
-            return _parsed(await self._live.status())
-        except FAILURES:
+            return _parsed(await store)
+        except (*FAILURES, *STORE_FAILURES):
             return None
-
-    async def _stored_reports(self) -> dict[str, _Report | None]:
-        stored = [name for name in READ_MODELS if name != LIVE]
-        try:
-            reports = await self._views.statuses()
-        except STORE_FAILURES:
-            return dict.fromkeys(stored)
-        return {name: _parsed(reports.get(name)) for name in stored}
+        except Exception:
+            # Whatever is wrong with one read model, the others are told of.
+            log.exception("defect")
+            return None
 
 
 def merged(reports: Mapping[str, _Report | None], at: Timestamp) -> GetReadModelStatusResponse:

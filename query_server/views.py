@@ -196,10 +196,10 @@ class Views:
         response.bucket.seconds = chart.length
         return poll["version"], response
 
-    async def statuses(self) -> dict[str, bytes]:
-        """What the projectors of this database say of themselves, by read model."""
-        rows = await self._fetch(sql.statuses)
-        return {row["read_model"]: row["status"] for row in rows}
+    async def status(self, read_model: str) -> bytes | None:
+        """What the projector of a read model says of itself, as it has stored it."""
+        rows = await self._fetch({VIEWS: sql.status, DOCUMENTS: sql.document_status}[read_model], read_model)
+        return rows[0]["status"] if rows else None
 
     @_persistent
     async def _fetch(self, query: str, *arguments: object) -> list[Any]:

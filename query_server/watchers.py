@@ -357,7 +357,9 @@ class Watchers:
             before = [(topic.channel in self._subscriptions, topic.results) for topic in topics]
             try:
                 found = await self._live.counters([topic.poll_id for topic in topics])
-            except FAILURES:
+            except Exception as error:
+                if not isinstance(error, FAILURES):
+                    log.exception("defect")
                 found = {}
             for topic, (was_joined, known) in zip(topics, before, strict=True):
                 results = found.get(topic.poll_id)

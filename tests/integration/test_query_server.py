@@ -690,6 +690,33 @@ async def test_a_lost_announcement_is_made_up_for(
     assert (await call).results.version == 2
 
 
+async def test_polls_that_cannot_be_looked_up_are_no_trouble_of_those_who_watch(
+    server: QueryServiceAsyncStub, models: ReadModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(announcing, "_SAFETY_SECONDS", 0.1)
+    await until(is_announced)
+    poll_id = await models.poll()
+    await models.publish(poll_id, 2)
+    watch = Watch(server, poll_id)
+    assert (await watch.next()).version == 2
+    call = asyncio.ensure_future(
+        server.GetPoll(pb.GetPollRequest(poll_id=str(poll_id), at_least_as_fresh=token(poll_id, 2)))
+    )
+    await until(lambda: waiting() == 1)
+    await models.database.execute("REVOKE SELECT ON polls FROM CURRENT_USER")
+    before = looked_up()
+    await until(lambda: looked_up() >= before + 3)
+    await models.publish(poll_id, 3)
+    assert (await watch.next()).version == 3
+    await models.database.execute("GRANT ALL ON polls TO CURRENT_USER")
+    await models.database.execute("UPDATE polls SET version = 2")
+    assert (await call).poll.version == 2
+
+
+def looked_up() -> float:
+    return REGISTRY.get_sample_value("tally_query_version_lookups_total") or 0
+
+
 @pytest.mark.usefixtures("no_lookups")
 async def test_what_is_announced_while_nobody_listens_is_found(
     server: QueryServiceAsyncStub, models: ReadModels

@@ -37,7 +37,7 @@ from relay.__main__ import RelaySettings, relay
 from runtime.embedded import Stores
 from tests.event_log import EventLog, event_log
 from tests.processes import eventually
-from tests.servers import VOTER_SECRET, serving
+from tests.servers import VOTER_SECRET, serving, sql
 
 if TYPE_CHECKING:
     from tally.query.v1.query_service_pb2_grpc import QueryServiceAsyncStub
@@ -209,6 +209,20 @@ async def test_what_nobody_reports_is_unknown_and_never_0(settings: dict[str, st
     assert [data["well"], data["outbox"], data["stream"]] == [False, [], None]
     for model in data["read_models"]:
         assert [model[field] for field in (*FIGURES, "reported_at", "last_error_at")] == [None] * 7
+
+
+@pytest.mark.parametrize("read_model", ["views", "documents"])
+@pytest.mark.parametrize(
+    "fate", ["REVOKE USAGE ON SCHEMA {} FROM CURRENT_USER", "ALTER SCHEMA {} RENAME TO gone"], ids=["revoked", "gone"]
+)
+async def test_a_read_model_that_cannot_be_read_is_no_trouble_of_the_others(
+    settings: dict[str, str], read_model: str, fate: str
+) -> None:
+    await sql(settings["read_dsn"], fate.format(read_model))
+    async with asking(settings) as asked:
+        states = {model.name: model.state for model in (await asked.status()).read_models}
+    silent = dict.fromkeys(READ_MODELS, READ_MODEL_STATE_SILENT)
+    assert states == silent | {read_model: READ_MODEL_STATE_UNAVAILABLE}
 
 
 async def test_while_nats_is_away_the_backlog_is_measured_and_the_projectors_say_why_they_wait(

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator
+from unittest.mock import AsyncMock
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -203,6 +204,19 @@ async def test_a_poll_that_is_found_missing_as_patience_ends_is_not_found(hub: W
     with pytest.raises(Refusal) as refused:
         await start
     assert refused.value.reason == NOT_FOUND
+
+
+async def test_a_defect_of_a_reader_of_redis_ends_nothing(hub: Watchers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LiveResults, "counters", AsyncMock(side_effect=RuntimeError("the driver's own mistake")))
+    stop = asyncio.Event()
+    running = asyncio.ensure_future(hub.run(stop))
+    with pytest.raises(Refusal) as refused:
+        async with hub.watch([uuid4()], {}, patience=0.1):
+            pass
+    # As whoever comes while no store answers.
+    assert refused.value.reason == UNAVAILABLE
+    stop.set()
+    await running
 
 
 async def test_a_watcher_is_sent_away_when_the_server_stops(hub: Watchers) -> None:
