@@ -71,9 +71,13 @@ _SERVICES = (
 def run(data_dir: Path, command_port: int, query_port: int, verbose: bool) -> None:
     """Runs everything until SIGTERM, SIGINT or SIGHUP; where a port is 0, any free one serves. Raises Failure."""
     directory = data_dir.resolve()
-    with _only_one(directory):
-        _say(f"starting in {directory}")
-        asyncio.run(_until_stopped(directory, command_port, query_port, verbose))
+    try:
+        with _only_one(directory):
+            _say(f"starting in {directory}")
+            asyncio.run(_until_stopped(directory, command_port, query_port, verbose))
+    except FAILURES as error:
+        # A disk that is full, a folder that is not ours, a Postgres that does not do as it is told.
+        raise Failure(f"Tally cannot run in {directory}: {reason(error)}") from None
 
 
 @contextmanager
@@ -84,8 +88,6 @@ def _only_one(directory: Path) -> Iterator[None]:
         str(directory).encode()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = (directory / "lock").open("a+")
-    except OSError as error:
-        raise Failure(f"{directory} cannot be the data directory: {error.strerror}") from None
     except UnicodeEncodeError:
         raise Failure(f"{directory} cannot be the data directory: its name is not valid UTF-8") from None
     with lock:
@@ -133,7 +135,8 @@ async def _run(directory: Path, command_port: int, query_port: int, verbose: boo
     record = RunRecord(directory / "run.json")
     async with supervise(directory, say=_say, changed=record.changed, echo=_echo if verbose else None) as supervisor:
         listen = _addresses(command_port, query_port)
-        stores = await _start_stores(supervisor, directory)
+        taken = {int(address.rpartition(":")[2]) for address in listen.values()}
+        stores = await _start_stores(supervisor, directory, taken)
         await _start_services(supervisor, directory, listen | stores)
         record.publish(listen | stores, supervisor.processes)
         _show(listen, stores, directory)
@@ -153,22 +156,22 @@ def _addresses(command_port: int, query_port: int) -> dict[str, str]:
     return {"TALLY_COMMAND_LISTEN": f"127.0.0.1:{ports[0]}", "TALLY_QUERY_LISTEN": f"127.0.0.1:{ports[1]}"}
 
 
-async def _start_stores(supervisor: Supervisor, directory: Path) -> dict[str, str]:
+async def _start_stores(supervisor: Supervisor, directory: Path, taken: set[int]) -> dict[str, str]:
     """Starts the stores that are not given, creates and migrates the databases; returns all addresses by variable."""
     stores = {variable: os.environ[variable] for variable in _STORES if os.environ.get(variable)}
     databases = {"TALLY_WRITE_DSN": "tally_write", "TALLY_READ_DSN": "tally_read"}
     own = {variable: database for variable, database in databases.items() if variable not in stores}
     programs = []
     if own:
-        cluster = embedded.Postgres(directory, list(own.values()))
+        cluster = embedded.Postgres(directory, list(own.values()), taken)
         stores |= {variable: cluster.dsn(database) for variable, database in own.items()}
         programs.append(await cluster.program())
     if "TALLY_NATS_URL" not in stores:
-        nats = embedded.Nats(directory)
+        nats = embedded.Nats(directory, taken)
         stores["TALLY_NATS_URL"] = nats.url
         programs.append(await nats.program())
     if "TALLY_REDIS_URL" not in stores:
-        redis = embedded.Redis(directory)
+        redis = embedded.Redis(directory, taken)
         stores["TALLY_REDIS_URL"] = redis.url
         programs.append(await redis.program())
     await supervisor.start(programs, _STORES_STOP_SECONDS)
@@ -213,8 +216,9 @@ async def _start_services(supervisor: Supervisor, directory: Path, addresses: Ma
 
 async def _is_serving(address: str) -> bool:
     """Whether a gRPC server says that it is healthy."""
-    # Waits for the server within the call, trying every 50 ms, instead of failing at once.
-    options = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 50)]
+    # Waits for the server within the call instead of failing at once: tried every 100 ms, the least that gRPC allows,
+    # while it refuses. To a server that accepts and is silent there is one attempt, which the call's timeout ends.
+    options = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 100)]
     async with grpc.aio.insecure_channel(address, [*options, ("grpc.enable_http_proxy", 0)]) as channel:
         try:
             answer = await HealthStub(channel).Check(HealthCheckRequest(), timeout=0.5, wait_for_ready=True)
@@ -227,7 +231,10 @@ def _voter_secret(path: Path) -> str:
     """The key of the voter hash, made once: with another one, everybody could vote again."""
     if not path.exists():
         write_atomically(path, secrets.token_urlsafe(32), durable=True)
-    return path.read_text().strip()
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except UnicodeDecodeError:
+        raise Failure(f"{path} is damaged: put the key back that it had, or everybody can vote again") from None
 
 
 class RunRecord:

@@ -1,7 +1,8 @@
 """Postgres, NATS and Redis as child processes: the real servers, from the wheels that this package depends on.
 
 Each keeps its data, its port and its generated password in a directory, listens on 127.0.0.1 only, and refuses callers
-without the password. Ports and passwords stay the same when a server is started again.
+without the password. Ports and passwords stay the same when a server is started again. What is made together is given
+one set `taken`, of ports that are somebody's though nobody listens yet; each adds its own.
 """
 
 import asyncio
@@ -62,10 +63,12 @@ class Postgres:
     owns its data, or one made for it, because Postgres refuses to be root.
     """
 
-    def __init__(self, directory: Path, databases: Sequence[str], *, shared_buffers: str = "512MB") -> None:
+    def __init__(
+        self, directory: Path, databases: Sequence[str], taken: set[int], *, shared_buffers: str = "512MB"
+    ) -> None:
         self.databases = databases
         self._data = directory / "postgres"
-        self._kept = _keep(directory / "postgres.json", (_SUPERUSER, *databases))
+        self._kept = _keep(directory / "postgres.json", (_SUPERUSER, *databases), taken)
         self._shared_buffers = shared_buffers
 
     def dsn(self, database: str, *, role: str | None = None) -> str:
@@ -158,8 +161,8 @@ class Postgres:
             await asyncio.sleep(0.02)
         record = self._data / "postmaster.pid"
         words = record.read_text().split() if record.exists() else []
-        # Empty after a disk that was full.
-        server = int(words[0]) if words else None
+        # Empty after a disk that was full. What else may be there, the new server refuses itself.
+        server = int(words[0]) if words and words[0].isdecimal() else None
         if server in working:
             # Someone has started it by other means; the new one will say so and end.
             return
@@ -184,9 +187,9 @@ class Postgres:
 class Nats:
     """A NATS server with JetStream, which writes each message through to the disk before it acknowledges it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, taken: set[int]) -> None:
         self._data = directory / "nats"
-        self._kept = _keep(directory / "nats.json", ("nats",))
+        self._kept = _keep(directory / "nats.json", ("nats",), taken)
 
     @property
     def url(self) -> str:
@@ -222,9 +225,9 @@ class Nats:
 class Redis:
     """A Redis server that appends to a file, synced every second: good enough to start warm, not to be the truth."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, taken: set[int]) -> None:
         self._data = directory / "redis"
-        self._kept = _keep(directory / "redis.json", ("default",))
+        self._kept = _keep(directory / "redis.json", ("default",), taken)
 
     @property
     def url(self) -> str:
@@ -295,11 +298,9 @@ class Stores:
 @asynccontextmanager
 async def stores(directory: Path, databases: Sequence[str], *, shared_buffers: str = "128MB") -> AsyncIterator[Stores]:
     """Runs all three with their data in `directory`, without supervision: what is killed stays dead."""
-    postgres, nats, redis = (
-        Postgres(directory, databases, shared_buffers=shared_buffers),
-        Nats(directory),
-        Redis(directory),
-    )
+    taken: set[int] = set()
+    postgres = Postgres(directory, databases, taken, shared_buffers=shared_buffers)
+    nats, redis = Nats(directory, taken), Redis(directory, taken)
     processes = [
         Process(program, directory / "logs" / f"{program.name}.log")
         for program in (await postgres.program(), await nats.program(), await redis.program())
@@ -315,11 +316,11 @@ async def stores(directory: Path, databases: Sequence[str], *, shared_buffers: s
 
 
 def free_port(taken: Collection[int] = ()) -> int:
-    """A port of 127.0.0.1 that no one listens on."""
+    """A port of 127.0.0.1 that no one listens on. Raises Died if there is none."""
     for port in random.sample(_PORTS, 200):
         if port not in taken and is_free(port):
             return port
-    raise RuntimeError(f"no free port between {_PORTS.start} and {_PORTS.stop} on {_HOST}")
+    raise Died(f"no free port between {_PORTS.start} and {_PORTS.stop} on {_HOST}")
 
 
 def is_free(port: int) -> bool:
@@ -333,13 +334,18 @@ def is_free(port: int) -> bool:
         return True
 
 
-def _keep(path: Path, users: Sequence[str]) -> dict[str, Any]:
+def _keep(path: Path, users: Sequence[str], taken: set[int]) -> dict[str, Any]:
     """The port and the passwords of a server, kept in a file. The port is another one only if someone else has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"port": 0, "passwords": {}}
-    fresh = kept | {"passwords": {user: secrets.token_urlsafe(24) for user in users} | kept["passwords"]}
-    if not (kept["port"] and is_free(kept["port"])):
-        fresh["port"] = free_port()
+    kept: dict[str, Any] = {"port": 0, "passwords": {}}
+    try:
+        kept = json.loads(path.read_text()) if path.exists() else kept
+        fresh = kept | {"passwords": {user: secrets.token_urlsafe(24) for user in users} | kept["passwords"]}
+        if kept["port"] in {0, *taken} or not is_free(kept["port"]):
+            fresh["port"] = free_port(taken)
+    except (ValueError, LookupError, TypeError, OverflowError):
+        raise Died(f"{path} is damaged: it must have the server's port and passwords, as JSON") from None
+    taken.add(fresh["port"])
     if fresh != kept:
         write_atomically(path, json.dumps(fresh), durable=True)
     return fresh

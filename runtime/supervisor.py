@@ -323,7 +323,9 @@ async def supervise(
             failure = error
         finally:
             await supervisor.stop()
-            (directory / "processes.json").unlink(missing_ok=True)
+            # Where it cannot be removed, the next start finds that what it lists does not run.
+            with suppress(OSError):
+                (directory / "processes.json").unlink()
             if echoing:
                 echoing.cancel()
     if failure:

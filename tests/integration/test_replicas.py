@@ -52,7 +52,7 @@ class Pair(NamedTuple):
 async def a_pair() -> AsyncIterator[Pair]:
     with tempfile.TemporaryDirectory(prefix="tally-pair-") as folder:
         first, second = Path(folder, "first"), Path(folder, "second")
-        cluster = Postgres(first, ["tally_read"], shared_buffers="32MB")
+        cluster = Postgres(first, ["tally_read"], set(), shared_buffers="32MB")
         async with standby.serving(cluster, first) as primary:
             await cluster.provision()
             await migrate_read(cluster.dsn("tally_read"))

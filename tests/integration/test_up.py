@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+import asyncpg
 import grpc
 import psutil
 import pytest
@@ -24,6 +25,10 @@ from tally.command.v1.command_service_pb2 import CreatePollRequest
 from tally.command.v1.command_service_pb2_grpc import CommandServiceStub
 from tally.poll.v1.poll_pb2 import VOTING_METHOD_SINGLE_CHOICE, PollOption, PollSpec
 
+from clients.failures import Failure
+from clients.up import run
+from runtime import embedded
+from runtime.supervisor import Died
 from tests.servers import sql, views_of
 
 PROCESSES = {"command_server": 1, "query_server": 1, "relay": 1, "projector": 3, "postgres": 1, "nats": 1, "redis": 1}
@@ -227,6 +232,55 @@ async def test_a_data_directory_that_the_stores_cannot_name_is_refused(tmp_path:
     assert await up.end() == 1
     assert up.printed.endswith("cannot be the data directory: its name is not valid UTF-8\n")
     assert not list(directory.iterdir())
+
+
+@pytest.mark.parametrize("name", ["postgres.json", "nats.json", "redis.json", "voter-secret"])
+async def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\xff{")
+    up = await start(tmp_path)
+    assert await up.end() == 1
+    assert f"{tmp_path / name} is damaged: " in up.printed
+    assert "Traceback" not in up.printed
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"port": "x", "passwords": {}}', '{"port": 1, "passwords": 1}'])
+def test_a_kept_file_without_what_it_keeps_is_damaged(tmp_path: Path, content: str) -> None:
+    (tmp_path / "nats.json").write_text(content)
+    with pytest.raises(Died, match="is damaged"):
+        embedded.Nats(tmp_path, set())
+
+
+@pytest.mark.parametrize("name", ["lock", "logs", "nats", "redis.json.new", "ready", "run.json.new"])
+async def test_what_cannot_be_written_ends_it_with_one_line(tmp_path: Path, name: str) -> None:
+    # Something else in the way, as root may write into any folder; a folder where a file goes, and the reverse.
+    if name in {"logs", "nats", "ready"}:
+        (tmp_path / name).touch()
+    else:
+        (tmp_path / name).mkdir()
+    up = await start(tmp_path)
+    assert await up.end() == 1
+    last = up.printed.splitlines()[-1]
+    assert last.startswith(f"Tally cannot run in {tmp_path}: ")
+    assert str(tmp_path / name) in last
+    assert "Traceback" not in up.printed
+    assert not (tmp_path / "processes.json").exists()
+    log = tmp_path / "logs" / "postgres.log"
+    assert log.exists() == (name in {"ready", "run.json.new"})
+    assert not log.exists() or "database system is shut down" in log.read_text()
+
+
+def test_a_postgres_that_cannot_be_set_up_ends_it_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(_: object) -> None:
+        raise asyncpg.DiskFullError("no space left")
+
+    monkeypatch.setattr(embedded.Postgres, "provision", fail)
+    for variable in NONE_SET:
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(Failure, match=rf"^Tally cannot run in {tmp_path}: no space left$"):
+        run(tmp_path, 0, 0, False)
+    assert "database system is shut down" in (tmp_path / "logs" / "postgres.log").read_text()
 
 
 async def test_a_database_that_does_not_answer_ends_the_start(tmp_path: Path) -> None:
