@@ -10,6 +10,7 @@ import pty
 import re
 import shlex
 import signal
+import socket
 import sysconfig
 from asyncio.subprocess import PIPE, Process
 from collections import Counter
@@ -848,6 +849,27 @@ async def test_ctrl_c_waits_for_answers_and_says_how_to_go_on(cli: Cli) -> None:
     finished = await cli.data(*continuation(outcome))
     assert finished["already_recorded"] == int(answered[1].replace(",", ""))
     assert counts(finished["results"]) == election()
+
+
+async def test_ctrl_c_after_the_poll_is_closed_says_so(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "votes.csv"
+    path.write_text("vote\nred\nblue\n")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        process = await cli.start(
+            *("import", str(path), "--title", f"Closed {uuid4()}", "--choice-column", "vote", "--close"),
+            *("--query-address", f"127.0.0.1:{silent.getsockname()[1]}"),
+        )
+        assert process.stderr
+        poll_id = (await next_line(process.stderr)).decode().split()[-1]
+        async with asyncio.timeout(30):
+            while (await cli.data("poll", "show", poll_id))["poll"]["state"] != "POLL_STATE_CLOSED":
+                pass
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(30):
+            outcome = await ended(process)
+    assert outcome.code == 130
+    assert f"every row was answered and the poll is closed; see tally results {poll_id}" in outcome.err
+    assert "to go on" not in outcome.err
 
 
 @pytest.mark.parametrize("during", [True, False], ids=["while it is read", "after an interruption"])

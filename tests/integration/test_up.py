@@ -11,7 +11,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -26,9 +27,9 @@ from tally.command.v1.command_service_pb2_grpc import CommandServiceStub
 from tally.poll.v1.poll_pb2 import VOTING_METHOD_SINGLE_CHOICE, PollOption, PollSpec
 
 from clients.failures import Failure
-from clients.up import run
+from clients.up import _RECORDED, _start_services, run
 from runtime import embedded
-from runtime.supervisor import Died
+from runtime.supervisor import Died, Program, Supervisor
 from tests.servers import sql, views_of
 
 PROCESSES = {"command_server": 1, "query_server": 1, "relay": 1, "projector": 3, "postgres": 1, "nats": 1, "redis": 1}
@@ -267,6 +268,23 @@ async def test_what_cannot_be_written_ends_it_with_one_line(tmp_path: Path, name
     log = tmp_path / "logs" / "postgres.log"
     assert log.exists() == (name in {"ready", "run.json.new"})
     assert not log.exists() or "database system is shut down" in log.read_text()
+
+
+@pytest.mark.parametrize(("workers", "apart"), [("", 1), ("3", 3)])
+async def test_each_service_has_metrics_ports_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str, apart: int
+) -> None:
+    programs: list[Program] = []
+
+    async def start(group: list[Program], _: float) -> None:
+        programs.extend(group)
+
+    monkeypatch.setenv("TALLY_METRICS_LISTEN", "127.0.0.1:9100")
+    monkeypatch.setenv("TALLY_WORKERS", workers)
+    addresses = dict.fromkeys((*_RECORDED, "TALLY_VOTER_SECRET"), "")
+    await _start_services(cast(Supervisor, SimpleNamespace(start=start)), tmp_path, addresses)
+    ports = [(program.environment or {})["TALLY_METRICS_LISTEN"] for program in programs]
+    assert ports == [f"127.0.0.1:{9100 + number * apart}" for number in range(6)]
 
 
 def test_a_postgres_that_cannot_be_set_up_ends_it_with_one_line(
