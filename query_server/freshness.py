@@ -18,18 +18,18 @@ Answer = TypeVar("Answer")
 # How long a reader waits that sets no deadline, and how long at most; seconds.
 _DEFAULT_PATIENCE = 5.0
 _LONGEST_PATIENCE = 30.0
-# What an answer needs to reach the caller before its deadline: at least so many seconds, and this part of a longer
-# deadline, which gRPC rounds up on the wire.
+# What an answer needs to reach the caller before its deadline: at least so many seconds, or half of a very short
+# deadline, and this part of a longer one, which gRPC rounds up on the wire.
 _MARGIN = 0.05
 _MARGIN_PART = 0.02
 
 
 def patience(context: grpc.aio.ServicerContext[Any, Any]) -> float:
-    """How long this call may wait for a read model to catch up, in seconds."""
+    """How long this call may wait for a store, and for a read model to catch up, in seconds."""
     remaining = context.time_remaining()
     if remaining is None:
         return _DEFAULT_PATIENCE
-    margin = max(_MARGIN, _MARGIN_PART * remaining)
+    margin = max(min(_MARGIN, remaining / 2), _MARGIN_PART * remaining)
     return min(max(remaining - margin, 0.0), _LONGEST_PATIENCE)
 
 
@@ -66,15 +66,17 @@ async def caught_up(
 ) -> tuple[int, Answer]:
     """Reads once a read model has this version of the poll, 0 for any, which it waits for up to `seconds`.
 
-    `read` returns the poll's version with the answer, and so does this. Raises READ_MODEL_BEHIND.
+    `read` returns the poll's version with the answer, and so does this. Raises READ_MODEL_BEHIND, and TimeoutError
+    where nothing was read by then.
     """
-    seen, answer = await read()
-    if seen >= version:
-        return seen, answer
+    seen = None
     announced = asyncio.Event()
     lag = Backoff(first=0.005, longest=0.1)
     try:
         async with asyncio.timeout(seconds) as limit:
+            seen, answer = await read()
+            if seen >= version:
+                return seen, answer
             with announcements.expect(read_model, poll_id, version, announced.set):
                 # Once more, now that nothing is missed any more; after that only when there is a reason to.
                 seen, answer = await read()
@@ -85,7 +87,7 @@ async def caught_up(
                     await announced.wait()
                     seen, answer = await read()
     except TimeoutError:
-        if not limit.expired():
+        if seen is None or not limit.expired():
             raise
         raise behind(seen, version) from None
     return seen, answer

@@ -1,5 +1,6 @@
 """The RPCs of QueryService: each handler reads its request, asks, and translates the answer."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -55,7 +56,8 @@ class QueryService(QueryServiceServicer):
         return pb.GetPollResponse(poll=poll)
 
     async def ListPolls(self, request: pb.ListPollsRequest, context: Context) -> pb.ListPollsResponse:
-        return await self._views.polls(request.state, request.page_size, request.page_token)
+        async with asyncio.timeout(patience(context)):
+            return await self._views.polls(request.state, request.page_size, request.page_token)
 
     @checks_itself
     async def GetResults(  # type: ignore[override]  # the bytes that the projector made
@@ -68,7 +70,10 @@ class QueryService(QueryServiceServicer):
         check(request)
         poll_id = UUID(request.poll_id)
         fresh = wanted(request.at_least_as_fresh, [poll_id])
-        results = self._watchers.current(poll_id) or await self._live.find(poll_id)
+        results = self._watchers.current(poll_id)
+        if results is None:
+            async with asyncio.timeout(patience(context)):
+                results = await self._live.find(poll_id)
         if fresh and (results is None or version_of(results) < fresh[poll_id]):
             async with self._watchers.watch([poll_id], fresh, patience(context)) as watcher:
                 results = await watcher.next()
@@ -104,7 +109,8 @@ class QueryService(QueryServiceServicer):
         self, request: pb.BatchGetResultsRequest, context: Context
     ) -> bytes:
         poll_ids = list(dict.fromkeys(UUID(poll_id) for poll_id in request.poll_ids))
-        found = await self._live.find_all(poll_ids)
+        async with asyncio.timeout(patience(context)):
+            found = await self._live.find_all(poll_ids)
         hidden = [poll_id for poll_id in poll_ids if poll_id in found and are_hidden(found[poll_id])]
         others = pb.BatchGetResultsResponse(
             missing_poll_ids=[str(poll_id) for poll_id in poll_ids if poll_id not in found],

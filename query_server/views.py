@@ -49,6 +49,8 @@ CONNECTIONS = 10
 
 # The longest that a question may take, with the wait for a connection; seconds.
 _PATIENCE = 4.0
+# The same for what a projector says of itself: whoever asks wants to hear of the other stores, too.
+_STATUS_PATIENCE = 1.0
 # How long a server may take to stop a statement that nobody waits for any more, before its connection is cut; seconds.
 _CANCELLING = 0.5
 _DEFAULT_PAGE_SIZE = 50
@@ -198,7 +200,9 @@ class Views:
 
     async def status(self, read_model: str) -> bytes | None:
         """What the projector of a read model says of itself, as it has stored it."""
-        rows = await self._fetch({VIEWS: sql.status, DOCUMENTS: sql.document_status}[read_model], read_model)
+        query = {VIEWS: sql.status, DOCUMENTS: sql.document_status}[read_model]
+        async with asyncio.timeout(_STATUS_PATIENCE):
+            rows = await self._fetch(query, read_model)
         return rows[0]["status"] if rows else None
 
     @_persistent
@@ -214,8 +218,12 @@ class Views:
                 connection = await self._pool.acquire()
                 try:
                     yield connection
-                finally:
-                    await self._pool.release(connection, timeout=_CANCELLING)
+                except BaseException:
+                    # Who gives up on a server does not wait until that has stopped the statement.
+                    returned = asyncio.ensure_future(self._pool.release(connection, timeout=_CANCELLING))
+                    returned.add_done_callback(lambda returned: returned.cancelled() or returned.exception())
+                    raise
+                await self._pool.release(connection)
         except (asyncpg.InvalidCatalogNameError, asyncpg.UndefinedTableError) as error:
             # It was wiped, and is not made anew yet.
             raise ConnectionError("the read database has no tables") from error

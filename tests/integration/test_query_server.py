@@ -33,7 +33,7 @@ import projector.views
 from clients.connection import Address, QueryServer
 from clients.watchers import watch as watch_results
 from contracts.freshness import token
-from contracts.live import FIRST_GENERATION, live_channel, live_key
+from contracts.live import FIRST_GENERATION, STATUS_KEY, live_channel, live_key
 from contracts.read_database import CHANNEL, VIEWS, announcements, vote_key
 from contracts.voters import VoterKeys
 from projector.fold import fold
@@ -478,6 +478,38 @@ async def test_a_silent_read_database_is_given_up_and_used_again(network: Networ
     assert time.monotonic() - started < 6
     await network.to_database.restore()
     await until(lambda: answers(network.stub.GetPoll(request)))
+
+
+async def test_a_silent_read_database_is_told_of_before_the_deadline(
+    network: Network, models: ReadModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Room for a machine that is busy with other things.
+    monkeypatch.setattr(freshness, "_MARGIN", 0.8)
+    poll_id = await models.poll()
+    name, fresh = str(poll_id), token(poll_id, 9)
+    stub = network.stub
+    calls = (
+        lambda seconds: stub.GetPoll(pb.GetPollRequest(poll_id=name), timeout=seconds),
+        lambda seconds: stub.GetPoll(pb.GetPollRequest(poll_id=name, at_least_as_fresh=fresh), timeout=seconds),
+        lambda seconds: stub.GetTurnout(pb.GetTurnoutRequest(poll_id=name), timeout=seconds),
+        lambda seconds: stub.ListPolls(pb.ListPollsRequest(), timeout=seconds),
+        lambda seconds: stub.ListVoterVotes(pb.ListVoterVotesRequest(voter_id="ann"), timeout=seconds),
+        lambda seconds: stub.GetResults(pb.GetResultsRequest(poll_id=name), timeout=seconds),
+        lambda seconds: stub.BatchGetResults(pb.BatchGetResultsRequest(poll_ids=[name]), timeout=seconds),
+    )
+    # Each has a connection to wait on.
+    await asyncio.gather(*(answers(call(1.6)) for call in calls))
+    network.to_database.silence()
+    refusals = await asyncio.gather(*(refused(call(1.6)) for call in calls))
+    assert [refusal.reason for refusal in refusals] == ["STORE_UNAVAILABLE"] * len(calls)
+    # What the other store knows is told in time.
+    await models.live.set(STATUS_KEY, b"")
+    status = await stub.GetReadModelStatus(pb.GetReadModelStatusRequest(), timeout=2.5)
+    assert [model.state for model in status.read_models] == [
+        pb.READ_MODEL_STATE_SILENT,
+        pb.READ_MODEL_STATE_UNAVAILABLE,
+        pb.READ_MODEL_STATE_UNAVAILABLE,
+    ]
 
 
 async def answers(call: Any) -> bool:

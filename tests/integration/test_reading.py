@@ -385,16 +385,18 @@ async def test_pages_of_votes_go_on_in_a_copy_where_polls_have_other_numbers(
 
 
 async def test_votes_and_turnout_are_as_fresh_as_asked_for(
-    server: QueryServiceAsyncStub, database: ReadDatabase
+    server: QueryServiceAsyncStub, database: ReadDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Room for a machine that is busy with other things.
+    monkeypatch.setattr("query_server.freshness._MARGIN", 0.5)
     poll = Poll()
     poll.opens()
     await database.store(poll)
     poll.votes(NOON, "ann")
     fresh: dict[str, Any] = {"at_least_as_fresh": token(poll.poll_id, 3)}
     for call in (
-        server.ListVoterVotes(pb.ListVoterVotesRequest(voter_id="ann", **fresh), timeout=0.2),
-        server.GetTurnout(pb.GetTurnoutRequest(poll_id=str(poll.poll_id), **fresh), timeout=0.2),
+        server.ListVoterVotes(pb.ListVoterVotesRequest(voter_id="ann", **fresh), timeout=1),
+        server.GetTurnout(pb.GetTurnoutRequest(poll_id=str(poll.poll_id), **fresh), timeout=1),
     ):
         refusal = await refused(call)
         assert (refusal.reason, " 1 behind" in refusal.message) == ("READ_MODEL_BEHIND", True)
