@@ -403,10 +403,16 @@ def rebuild(
     if output is Output.JSON:
         print_json(outcome)
     else:
-        print_fields({name: f"{value:,.3g}" if "second" in name else str(value) for name, value in outcome.items()})
+        print_fields({name: _rounded(value) for name, value in outcome.items()})
     if outcome["parked_polls"]:
         say("some polls stand still at an event that cannot be applied; see tally dead-letters list")
         sys.exit(_SOME_PARKED)
+
+
+def _rounded(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 async def _results(address: Address, request: GetResultsRequest) -> tuple[GetResultsResponse, "VotingMethod.ValueType"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 from asyncio.subprocess import PIPE
@@ -22,6 +23,7 @@ from tally.event.v1.event_pb2 import Event
 from tally.query.v1 import query_service_pb2 as query
 from tally.query.v1.query_service_pb2_grpc import QueryServiceStub
 
+from clients import progress
 from clients.failures import Failure
 from clients.rebuilding import Rebuilding
 from contracts.live import FIRST_GENERATION, frozen_key, live_key
@@ -330,6 +332,32 @@ async def test_a_long_log_is_read_in_parts(stage: Stage, monkeypatch: pytest.Mon
         await stage.rebuild(name)
         for poll in polls:
             await stage.has(name, poll)
+
+
+async def test_how_far_it_is_and_how_fast_it_was_is_told(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(log_reader, "_CHUNK_EVENTS", 10)
+    monkeypatch.setattr(progress, "_LINE_EVERY", 0.0)
+    poll = await stage.log.poll()
+    for _ in range(20):
+        await stage.log.cast(poll, votes=100)
+    for name in STORES:
+        outcome = await stage.rebuild(name)
+        pace = r"(\d[\d,]*) events/s, (\d[\d,]*) votes/s"
+        assert re.fullmatch(
+            rf"10 of 22 events \(45%\), {pace}\n20 of 22 events \(91%\), {pace}\n22 of 22 events \(100%\), {pace}\n",
+            capsys.readouterr().err,
+        )
+        assert outcome["events_per_second"] == pytest.approx(22 / outcome["seconds"])
+        assert outcome["votes_per_second"] == pytest.approx(2000 / outcome["seconds"])
+    process = await stage.command("views")
+    out, _ = await process.communicate()
+    told = dict(line.split() for line in out.decode().splitlines())
+    assert (told["events"], told["votes"]) == ("22", "2000")
+    # In whole numbers, as people read them.
+    assert re.fullmatch(r"[\d,]{4,}", told["votes_per_second"])
+    assert 0 < float(told["events_per_second"].replace(",", "")) < float(told["votes_per_second"].replace(",", ""))
 
 
 async def test_a_poll_stands_still_at_an_event_that_cannot_be_applied(stage: Stage) -> None:
