@@ -28,13 +28,13 @@ def token(poll_id: UUID, version: int) -> str:
     return urlsafe_b64encode(_LAYOUT.pack(_FORMAT, poll_id.bytes, version)).decode().rstrip("=")
 
 
-def parse(at_least_as_fresh: str) -> Freshness:
-    """What a token asks for. Raises INVALID_REQUEST for a text that no command returned."""
+def parse(at_least_as_fresh: str, field: str = "at_least_as_fresh") -> Freshness:
+    """What a token asks for. Raises INVALID_REQUEST, about `field`, for a text that no command returned."""
     try:
         padded = at_least_as_fresh + "=" * (-len(at_least_as_fresh) % 4)
         token_format, poll_id, version = _LAYOUT.unpack(urlsafe_b64decode(padded.encode("ascii")))
     except (ValueError, StructError):
         token_format = None
     if token_format != _FORMAT:
-        raise invalid_request({"at_least_as_fresh": "must be a consistency_token that a command returned"})
+        raise invalid_request({field: "must be a consistency_token that a command returned"})
     return Freshness(UUID(bytes=poll_id), version)

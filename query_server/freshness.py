@@ -33,16 +33,16 @@ def patience(context: grpc.aio.ServicerContext[Any, Any]) -> float:
     return min(max(remaining - margin, 0.0), _LONGEST_PATIENCE)
 
 
-def wanted(at_least_as_fresh: str, poll_ids: Container[UUID]) -> dict[UUID, int]:
+def wanted(at_least_as_fresh: str, poll_ids: Container[UUID], field: str = "at_least_as_fresh") -> dict[UUID, int]:
     """The poll that the token is for, with the version to be shown; empty where there is no token.
 
-    Raises INVALID_REQUEST for a token of a poll that the request does not ask for.
+    Raises INVALID_REQUEST, about `field`, for a token of a poll that the request does not ask for.
     """
     if not at_least_as_fresh:
         return {}
-    poll_id, version = parse(at_least_as_fresh)
+    poll_id, version = parse(at_least_as_fresh, field)
     if poll_id not in poll_ids:
-        raise invalid_request({"at_least_as_fresh": "must be a token of the poll that is asked for"})
+        raise invalid_request({field: "must be a token of the poll that is asked for"})
     # Every poll is at version 1 at least: a forged 0 must not pass for an answer that is there.
     return {poll_id: max(version, 1)}
 

@@ -87,10 +87,10 @@ class QueryService(QueryServiceServicer):
         self, request: pb.WatchResultsRequest, context: Context
     ) -> None:
         poll_ids = [UUID(poll_id) for poll_id in request.poll_ids]
-        fresh = Counter[UUID]()
-        for consistency_token in (request.at_least_as_fresh, *request.at_least_as_fresh_each):
+        fresh = Counter(wanted(request.at_least_as_fresh, poll_ids))
+        for index, each in enumerate(request.at_least_as_fresh_each):
             # The latest of each poll.
-            fresh |= wanted(consistency_token, poll_ids)
+            fresh |= wanted(each, poll_ids, f"at_least_as_fresh_each[{index}]")
         min_interval = request.min_interval.ToTimedelta().total_seconds()
         async with self._watchers.watch(poll_ids, fresh, patience(context), min_interval) as watcher:
             await watcher.forward(context.write)
