@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib.resources import files
+from math import inf
 from struct import error as StructError  # noqa: N812
 from typing import Any
 from uuid import UUID
@@ -35,8 +36,11 @@ _CONNECTIONS = 32
 # alone hardly waits; under load this makes one round trip, and one burst of answers, of what would be many.
 _PAUSE_PER_CALL = 0.0004
 _LONGEST_PAUSE = 0.004
-# Polls in one round trip.
+# Polls in one round trip, and after how many bytes it ends: what is read in one go holds up all others.
 _BATCH = 500
+_BATCH_BYTES = 1 << 22
+# Polls that the read database is asked for at once where it can be that not all are wanted.
+_STORED_BATCH = 10
 
 _failures = Counter("tally_query_redis_failures", "Questions that Redis did not answer.")
 _fallbacks = Counter("tally_query_fallbacks", "Results that were read from the read database instead of Redis.")
@@ -76,7 +80,7 @@ class _Question:
         # How many wait for the answer.
         self.calls = 0
         self.asked = asyncio.Event()
-        self.answer: asyncio.Future[dict[UUID, bytes]] = asyncio.get_running_loop().create_future()
+        self.answer: asyncio.Future[dict[UUID, bytes | None]] = asyncio.get_running_loop().create_future()
         # Where all who asked have gone away, nobody hears of a failure.
         self.answer.add_done_callback(lambda answer: answer.cancelled() or answer.exception())
 
@@ -98,12 +102,8 @@ class LiveResults:
         while True:
             await self._next.asked.wait()
             question, self._next = self._next, _Question()
-            polls = list(question.polls)
             try:
-                found: dict[UUID, bytes] = {}
-                for start in range(0, len(polls), _BATCH):
-                    found |= await self._read(polls[start : start + _BATCH])
-                question.answer.set_result(found)
+                question.answer.set_result(await self._read(list(question.polls)[:_BATCH]))
             except Exception as error:  # noqa: BLE001 - whoever asked hears of it
                 question.answer.set_exception(error)
             finally:
@@ -115,31 +115,45 @@ class LiveResults:
         """The newest results at hand, None if there is no such poll; STORE_FAILURES if neither store answers."""
         return (await self.find_all([poll_id])).get(poll_id)
 
-    async def find_all(self, poll_ids: Sequence[UUID]) -> dict[UUID, bytes]:
-        """The newest results at hand of those polls that exist; STORE_FAILURES where a store is needed and away."""
+    async def find_all(self, poll_ids: Sequence[UUID], most: float = inf) -> dict[UUID, bytes]:
+        """The newest results at hand of those polls that exist; STORE_FAILURES where a store is needed and away.
+
+        Once they are more than `most` bytes, those that were not read by then are missing.
+        """
         try:
-            found = await self.counters(poll_ids)
+            found = await self.counters(poll_ids, most)
         except FAILURES:
             found = {}
-        if missing := [poll_id for poll_id in poll_ids if poll_id not in found]:
-            _fallbacks.inc(len(missing))
-            stored = await self._views.newer_results(dict.fromkeys(missing, 0))
+        missing = [poll_id for poll_id in poll_ids if poll_id not in found]
+        for start in range(0, len(missing), _STORED_BATCH):
+            if _bytes(found) > most:
+                break
+            batch = missing[start : start + _STORED_BATCH]
+            _fallbacks.inc(len(batch))
+            stored = await self._views.newer_results(dict.fromkeys(batch, 0))
             found |= {poll_id: results for poll_id, (_, results) in stored.items()}
         return found
 
-    async def counters(self, poll_ids: Sequence[UUID]) -> dict[UUID, bytes]:
-        """The results that Redis has; `run` must be running. Raises one of FAILURES."""
-        question = self._next
-        question.polls.update(dict.fromkeys(poll_ids))
-        question.calls += 1
-        question.asked.set()
-        # Shielded: a caller that goes away does not take the others' answer with it.
-        found = await asyncio.shield(question.answer)
-        return {poll_id: found[poll_id] for poll_id in poll_ids if poll_id in found}
+    async def counters(self, poll_ids: Sequence[UUID], most: float = inf) -> dict[UUID, bytes]:
+        """The results that Redis has, up to `most` bytes or so; `run` must be running. Raises one of FAILURES."""
+        found: dict[UUID, bytes] = {}
+        unread = poll_ids
+        # A question is answered for as many polls as one round trip is good for.
+        while unread and _bytes(found) <= most:
+            question = self._next
+            question.polls.update(dict.fromkeys(unread))
+            question.calls += 1
+            question.asked.set()
+            # Shielded: a caller that goes away does not take the others' answer with it.
+            answer = await asyncio.shield(question.answer)
+            found |= {poll_id: results for poll_id in unread if (results := answer.get(poll_id))}
+            unread = [poll_id for poll_id in unread if poll_id not in answer]
+        return found
 
-    async def _read(self, poll_ids: Sequence[UUID]) -> dict[UUID, bytes]:
-        answer = await self._ask(lambda: self._results(keys=[GENERATION_KEY], args=list(map(str, poll_ids))))
-        return {poll_id: results for poll_id, results in zip(poll_ids, answer, strict=True) if results}
+    async def _read(self, poll_ids: Sequence[UUID]) -> dict[UUID, bytes | None]:
+        arguments: list[str | int] = [_BATCH_BYTES, *map(str, poll_ids)]
+        answer = await self._ask(lambda: self._results(keys=[GENERATION_KEY], args=arguments))
+        return dict(zip(poll_ids, answer, strict=False))
 
     async def status(self) -> bytes | None:
         """What the projector says of itself, as it has stored it. Raises one of FAILURES."""
@@ -161,3 +175,7 @@ class LiveResults:
             _failures.inc()
             log.warning("redis does not answer", error=f"{type(error).__name__}: {error}", left_alone_seconds=_PAUSE)
             raise
+
+
+def _bytes(found: Mapping[UUID, bytes]) -> int:
+    return sum(map(len, found.values()))

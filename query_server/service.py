@@ -110,7 +110,7 @@ class QueryService(QueryServiceServicer):
     ) -> bytes:
         poll_ids = list(dict.fromkeys(UUID(poll_id) for poll_id in request.poll_ids))
         async with asyncio.timeout(patience(context)):
-            found = await self._live.find_all(poll_ids)
+            found = await self._live.find_all(poll_ids, MAX_ANSWER_BYTES)
         hidden = [poll_id for poll_id in poll_ids if poll_id in found and are_hidden(found[poll_id])]
         others = pb.BatchGetResultsResponse(
             missing_poll_ids=[str(poll_id) for poll_id in poll_ids if poll_id not in found],
@@ -119,6 +119,7 @@ class QueryService(QueryServiceServicer):
         # A GetResultsResponse has the same bytes as this response with one poll; repeated fields add up.
         shown = [found[poll_id] for poll_id in poll_ids if poll_id in found and poll_id not in hidden]
         answer = b"".join([*shown, others.SerializeToString()])
+        # Also where find_all has left some out: every poll that it found takes at least as much room here.
         if len(answer) > MAX_ANSWER_BYTES:
             raise invalid_request({"poll_ids": "have more options together than one answer can hold; ask for fewer"})
         return answer

@@ -1145,6 +1145,27 @@ async def test_a_caller_that_goes_away_takes_nobodys_answer_with_it(read_dsn: st
     await client.aclose()
 
 
+async def test_no_more_is_read_than_an_answer_holds(read_dsn: str, redis_url: str, models: ReadModels) -> None:
+    in_redis, stored = [uuid4() for _ in range(100)], [await models.poll(options=2000) for _ in range(30)]
+    for poll_id in in_redis:
+        await models.publish(poll_id, 2, options=2000)
+    size, most = len(live_results(uuid4(), 2, options=2000)), 200_000
+    client = live.connect(redis_url)
+    async with asyncpg.create_pool(views_of(read_dsn), min_size=0, max_size=1) as pool:
+        results = LiveResults(client, Views(pool))
+        answering = asyncio.ensure_future(results.run())
+        read = await client.info("stats")
+        for poll_ids, at_once in ((in_redis, 4 << 20), (stored, 10 * size)):
+            found = await results.find_all(poll_ids, most)
+            assert most < sum(map(len, found.values())) < at_once + 2 * size
+        sent = (await client.info("stats"))["total_net_output_bytes"] - read["total_net_output_bytes"]
+        assert sent < (4 << 20) + 4 * size
+        # Who wants all of it has it, in as many round trips as that takes.
+        assert len(await results.find_all(in_redis)) == 100
+        answering.cancel()
+    await client.aclose()
+
+
 async def test_ten_thousand_cancelled_streams_leave_nothing_behind(
     read_dsn: str, redis_url: str, models: ReadModels, tmp_path: Path
 ) -> None:
