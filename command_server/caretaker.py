@@ -6,7 +6,10 @@ each poll's own lock like any command, so two of them, for a moment, would do no
 
 import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 import structlog
@@ -40,9 +43,12 @@ _STANDBY_SECONDS = 0.5
 # How late a poll may open or close. A vote is never accepted late: the database's clock is asked for each batch.
 _LOOK_SECONDS = 0.2
 _STEP_SECONDS = 30.0
+# How long a poll that could not be taken care of is left alone, while the others go on.
+_SKIP_SECONDS = 10.0
 
 _leads = Gauge("tally_caretaker_leads", "1 where this process opens, closes and recounts polls.")
 _late = Gauge("tally_caretaker_failures", "Failures in a row; 0 is healthy.")
+_failed_polls = Counter("tally_caretaker_failed_polls", "Times that one poll failed, and the others went on.")
 _recounts = Counter("tally_recounts", "Recounts that ended.", ["outcome"])
 _mismatches = Gauge("tally_recount_mismatch", "1 after a recount that did not agree with the event log.", ["poll_id"])
 
@@ -53,6 +59,8 @@ class Caretaker:
     def __init__(self, write_dsn: str, pool: "asyncpg.Pool[Any]") -> None:
         self._write_dsn = write_dsn
         self._pool = pool
+        # When each poll that failed is tried again.
+        self._skipped: dict[UUID, float] = {}
 
     async def run(self) -> None:
         """Leads or stands by, until it is cancelled."""
@@ -90,45 +98,65 @@ class Caretaker:
     async def _keep_time(self, connection: asyncpg.Connection) -> None:
         # On the connection that holds the lock: when it is lost, so is the lead, and the loop ends.
         while True:
-            for row in await connection.fetch(sql.due_polls):
-                async with asyncio.timeout(_STEP_SECONDS), connection.transaction():
-                    locked = await lock(connection, row["poll_id"])
-                    change = _due(locked.poll)
-                    if change is not None:
-                        await append(connection, locked, change)
-                        log.info("on time", poll_id=str(row["poll_id"]), state=change.state)
+            for row in await connection.fetch(sql.due_polls, self._left_alone()):
+                with self._skipping(row["poll_id"]):
+                    async with asyncio.timeout(_STEP_SECONDS), connection.transaction():
+                        locked = await lock(connection, row["poll_id"])
+                        change = _due(locked.poll)
+                        if change is not None:
+                            await append(connection, locked, change)
+                            log.info("on time", poll_id=str(row["poll_id"]), state=change.state)
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def _recount(self) -> None:
         while True:
-            due = await self._pool.fetchrow(sql.next_recount)
+            due = await self._pool.fetchrow(sql.next_recount, self._left_alone())
             if due is None:
                 await asyncio.sleep(_LOOK_SECONDS)
                 continue
-            poll_id, poll_no, options = due["poll_id"], due["poll_no"], len(PollSpec.FromString(due["spec"]).options)
-            recount = await recount_votes(self._pool, poll_no, options)
-            folded = await fold_log(self._pool, poll_no, options)
-            failpoint("caretaker.before_certified")
-            async with (
-                asyncio.timeout(_STEP_SECONDS),
-                self._pool.acquire(timeout=POOL_SECONDS) as connection,
-                connection.transaction(),
-            ):
-                locked = await lock(connection, poll_id)
-                await connection.execute(sql.end_recount, poll_no)
-                if locked.poll.state != CLOSED:
-                    continue
-                change = certify(recount, folded)(locked.poll)
-                await append(connection, locked, change)
-            agreed = change.state == CERTIFIED
-            _recounts.labels("agreed" if agreed else "mismatch").inc()
-            if agreed:
-                log.info("certified", poll_id=str(poll_id), votes=recount.total_votes)
-            else:
-                _mismatches.labels(str(poll_id)).set(1)
-                log.error(
-                    "the votes and the event log differ", poll_id=str(poll_id), votes=str(recount), log=str(folded)
-                )
+            with self._skipping(due["poll_id"]):
+                await self._recount_poll(due)
+
+    async def _recount_poll(self, due: asyncpg.Record) -> None:
+        poll_id, poll_no, options = due["poll_id"], due["poll_no"], len(PollSpec.FromString(due["spec"]).options)
+        recount = await recount_votes(self._pool, poll_no, options)
+        folded = await fold_log(self._pool, poll_no, options)
+        failpoint("caretaker.before_certified")
+        async with (
+            asyncio.timeout(_STEP_SECONDS),
+            self._pool.acquire(timeout=POOL_SECONDS) as connection,
+            connection.transaction(),
+        ):
+            locked = await lock(connection, poll_id)
+            await connection.execute(sql.end_recount, poll_no)
+            if locked.poll.state != CLOSED:
+                return
+            change = certify(recount, folded)(locked.poll)
+            await append(connection, locked, change)
+        agreed = change.state == CERTIFIED
+        _recounts.labels("agreed" if agreed else "mismatch").inc()
+        if agreed:
+            log.info("certified", poll_id=str(poll_id), votes=recount.total_votes)
+        else:
+            _mismatches.labels(str(poll_id)).set(1)
+            log.error("the votes and the event log differ", poll_id=str(poll_id), votes=str(recount), log=str(folded))
+
+    @contextmanager
+    def _skipping(self, poll_id: UUID) -> Iterator[None]:
+        """What is wrong with one poll must not keep the others: only a store that does not answer ends the session."""
+        try:
+            yield
+        except UNAVAILABLE:
+            raise
+        except Exception:
+            self._skipped[poll_id] = time.monotonic() + _SKIP_SECONDS
+            _failed_polls.inc()
+            log.exception("a poll could not be taken care of", poll_id=str(poll_id), again_after=_SKIP_SECONDS)
+
+    def _left_alone(self) -> list[UUID]:
+        now = time.monotonic()
+        self._skipped = {poll_id: until for poll_id, until in self._skipped.items() if until > now}
+        return list(self._skipped)
 
 
 def _due(poll: Poll) -> Change | None:

@@ -128,10 +128,11 @@ async def append(connection: asyncpg.Connection, locked: Locked, change: Change)
 
 
 def _columns(change: Change) -> tuple[str, bytes, datetime | None, datetime | None, bytes]:
-    """state, spec, opens_at, closes_at, payload. Raises INVALID_REQUEST where the spec breaks the rules of a poll."""
+    """state, spec, opens_at, closes_at, payload. Raises INVALID_REQUEST where a spec that a caller wrote breaks the rules
+    of a poll; a poll that was written before its rules changed goes on."""
     state, event, spec = change
-    broken = violations(spec)
-    if broken:
+    written = event.HasField("poll_created") or event.HasField("poll_updated")
+    if written and (broken := violations(spec)):
         raise invalid_request({f"poll.{field}" if field else "poll": rule for field, rule in broken.items()})
     opens_at = spec.opens_at.ToDatetime(UTC) if spec.HasField("opens_at") else None
     closes_at = spec.closes_at.ToDatetime(UTC) if spec.HasField("closes_at") else None

@@ -77,18 +77,21 @@ RETURNING weight
 -- lead: whether this session is the one that takes care of all polls; it stays so until it ends
 SELECT pg_try_advisory_lock($1)
 
--- due_polls: drafts whose opens_at, and open polls whose closes_at has passed; the most overdue first
+-- due_polls: drafts whose opens_at, and open polls whose closes_at has passed; not those that are left alone
 SELECT poll_id FROM polls
 WHERE state = 'DRAFT' AND opens_at <= clock_timestamp() AND (closes_at IS NULL OR closes_at > clock_timestamp())
+    AND poll_id <> ALL ($1::uuid[])
 UNION ALL
-SELECT poll_id FROM polls WHERE state = 'OPEN' AND closes_at <= clock_timestamp()
+SELECT poll_id FROM polls WHERE state = 'OPEN' AND closes_at <= clock_timestamp() AND poll_id <> ALL ($1::uuid[])
 LIMIT 100
 
 -- request_recount: leaves the recount of a poll to whoever does recounts; one at a time for each poll
 INSERT INTO recounts (poll_no) VALUES ($1) ON CONFLICT DO NOTHING RETURNING true
 
--- next_recount: the recount that has waited longest
-SELECT poll_id, poll_no, spec FROM recounts JOIN polls USING (poll_no) ORDER BY requested_at LIMIT 1
+-- next_recount: the recount that has waited longest; none of those polls that are left alone
+SELECT poll_id, poll_no, spec FROM recounts JOIN polls USING (poll_no)
+WHERE poll_id <> ALL ($1::uuid[])
+ORDER BY requested_at LIMIT 1
 
 -- end_recount: a recount has its outcome
 DELETE FROM recounts WHERE poll_no = $1

@@ -1,15 +1,19 @@
 """The final recount: what a poll's votes come to, beside what its event log adds up to."""
 
+import struct
 from collections import Counter
 from typing import Any
 
 import asyncpg
+import structlog
+from google.protobuf.message import DecodeError
 from tally.event.v1.event_pb2 import Event, Recount
 
 from command_server.ballots import key_range, option_numbers
 from contracts.counting import added_votes, count_changes
 from runtime.postgres import queries
 
+log = structlog.get_logger()
 sql = queries(__package__)
 
 # Read by pages, so that no statement is long and memory does not depend on the size of the poll.
@@ -18,24 +22,36 @@ _BYTES_OF_A_PAGE = 4 << 20
 
 
 async def recount_votes(pool: "asyncpg.Pool[Any]", poll_no: int, options: int) -> Recount:
-    """Counts the votes of a closed poll from the votes themselves, each with its voter's weight."""
+    """Counts the votes of a closed poll from the votes themselves, each with its voter's weight.
+
+    A vote that cannot be read is counted as one without a mark. No event tells of such votes, so the log does not agree.
+    """
     counts, total = Counter[int](), 0
     first, last = key_range(poll_no)
     while page := await pool.fetch(sql.recount_votes, first, last, _VOTES_OF_A_PAGE):
         for row in page:
             total += row["votes"]
-            for number in option_numbers(row["choices"]):
+            try:
+                numbers = option_numbers(row["choices"])
+            except struct.error:
+                log.error("votes cannot be read", poll_no=poll_no, choices=row["choices"].hex(), votes=row["votes"])
+                continue
+            for number in numbers:
                 counts[number] += int(row["weight"])
         first = page[0]["last_key"]
     return Recount(counts=[counts[number] for number in range(options)], total_votes=total)
 
 
 async def fold_log(pool: "asyncpg.Pool[Any]", poll_no: int, options: int) -> Recount:
-    """Adds up the events of a closed poll."""
+    """Adds up the events of a closed poll. Where one cannot be read the sum is empty, and agrees with no recount."""
     counts, total, version, limit = Counter[int](), 0, 0, 1
     while page := await pool.fetch(sql.read_events, poll_no, version, limit):
         for row in page:
-            cast = Event.FromString(row["payload"]).votes_cast
+            try:
+                cast = Event.FromString(row["payload"]).votes_cast
+            except DecodeError:
+                log.error("an event cannot be read", poll_no=poll_no, version=row["version"])
+                return Recount()
             total += added_votes(cast)
             counts.update(count_changes(cast))
         version = page[-1]["version"]

@@ -361,6 +361,38 @@ class TestOnTime:
             poll_id = await draft(one, opens_at=after(0.1))
             await until(write_dsn, poll_id, "poll_opened")
 
+    async def test_a_draft_that_the_rules_of_today_refuse_opens_and_closes(
+        self, server: CommandServiceAsyncStub, write_dsn: str
+    ) -> None:
+        poll_id = await draft(server)
+        old = spec(title="x" * 300, opens_at=after(-1))
+        await sql(write_dsn, "UPDATE polls SET spec = $1, opens_at = now()", old.SerializeToString())
+        await until(write_dsn, poll_id, "poll_opened")
+        await close(server, poll_id)
+        update = pb.UpdatePollRequest(poll_id=await draft(server), poll=PollSpec(title="x" * 300))
+        assert (await refused(server.UpdatePoll(update))).fields == ["poll.title"]
+
+    async def test_a_poll_that_is_damaged_keeps_no_other_one(
+        self, server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("command_server.caretaker._SKIP_SECONDS", 0.5)
+        closed = [await open_poll(server) for _ in range(2)]
+        for poll_id in closed:
+            await close(server, poll_id)
+        drafts = [await draft(server, opens_at=after(1.0)) for _ in range(2)]
+        specs = await sql(write_dsn, "SELECT poll_no, spec FROM polls")
+        await sql(write_dsn, "UPDATE polls SET spec = '\\xffff' WHERE poll_id = ANY ($1)", [closed[0], drafts[0]])
+        for poll_id in closed:
+            await sql(
+                write_dsn, "INSERT INTO recounts SELECT poll_no FROM polls WHERE poll_id = $1::text::uuid", poll_id
+            )
+        await until(write_dsn, drafts[1], "poll_opened")
+        await until(write_dsn, closed[1], "poll_certified")
+        for row in specs:
+            await sql(write_dsn, "UPDATE polls SET spec = $2 WHERE poll_no = $1", *row)
+        await until(write_dsn, drafts[0], "poll_opened")
+        await until(write_dsn, closed[0], "poll_certified")
+
     async def test_times_must_make_sense(self, server: CommandServiceAsyncStub) -> None:
         request = pb.CreatePollRequest(poll=spec(opens_at=after(20), closes_at=after(10)))
         assert (await refused(server.CreatePoll(request))).reason == "INVALID_REQUEST"
@@ -416,6 +448,7 @@ class TestCertification:
             "DELETE FROM votes WHERE ballot_key = (SELECT ballot_key FROM votes LIMIT 1)",
             "UPDATE votes SET choices = '\\x0003'"
             " WHERE ballot_key = (SELECT ballot_key FROM votes WHERE choices = '\\x0000' LIMIT 1)",
+            "UPDATE votes SET choices = choices || '\\x00' WHERE ballot_key = (SELECT ballot_key FROM votes LIMIT 1)",
             "INSERT INTO votes SELECT batch_id, '00000001-0000-0000-0000-000000000000', choices FROM votes LIMIT 1",
         ],
     )
@@ -438,6 +471,24 @@ class TestCertification:
         assert poll["state"] == "CLOSED"
         # It can be asked for again, once somebody has repaired the votes.
         await server.CertifyPoll(pb.CertifyPollRequest(poll_id=poll_id))
+
+    @pytest.mark.parametrize("change", ["votes_cast", "poll_opened"])
+    async def test_an_event_that_cannot_be_read_is_found(
+        self, server: CommandServiceAsyncStub, write_dsn: str, change: str
+    ) -> None:
+        poll_id = await self.election(server)
+        await close(server, poll_id)
+        version = (await read(write_dsn, poll_id)).changes.index(change) + 1
+        await sql(write_dsn, "UPDATE events SET payload = '\\xffff' WHERE version = $1", version)
+        await server.CertifyPoll(pb.CertifyPollRequest(poll_id=poll_id))
+        failed = Event()
+        async with asyncio.timeout(15):
+            while not failed.HasField("certification_failed"):
+                [row] = await sql(write_dsn, "SELECT payload FROM events ORDER BY version DESC LIMIT 1")
+                failed = Event.FromString(row["payload"])
+                await asyncio.sleep(0.02)
+        assert failed.certification_failed.recount.total_votes == 500
+        assert not failed.certification_failed.log.counts
 
     async def test_recounting_reads_in_pages(
         self, server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch

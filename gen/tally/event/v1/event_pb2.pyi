@@ -282,7 +282,7 @@ class CertificationFailed(message.Message):
 
     @builtins.property
     def log(self) -> Recount:
-        """log is what the events add up to."""
+        """log is what the events add up to; empty where one of them cannot be read."""
 
     def __init__(
         self,
