@@ -128,8 +128,8 @@ async def append(connection: asyncpg.Connection, locked: Locked, change: Change)
 
 
 def _columns(change: Change) -> tuple[str, bytes, datetime | None, datetime | None, bytes]:
-    """state, spec, opens_at, closes_at, payload. Raises INVALID_REQUEST where a spec that a caller wrote breaks the rules
-    of a poll; a poll that was written before its rules changed goes on."""
+    """state, spec, opens_at, closes_at, payload. Raises INVALID_REQUEST where a spec that a caller wrote breaks the
+    rules of a poll; a poll that was written under other rules goes on."""
     state, event, spec = change
     written = event.HasField("poll_created") or event.HasField("poll_updated")
     if written and (broken := violations(spec)):

@@ -24,7 +24,7 @@ _BYTES_OF_A_PAGE = 4 << 20
 async def recount_votes(pool: "asyncpg.Pool[Any]", poll_no: int, options: int) -> Recount:
     """Counts the votes of a closed poll from the votes themselves, each with its voter's weight.
 
-    A vote that cannot be read is counted as one without a mark. No event tells of such votes, so the log does not agree.
+    A vote that cannot be read is counted as one without a mark. No event tells of such a vote, so the log cannot agree.
     """
     counts, total = Counter[int](), 0
     first, last = key_range(poll_no)
