@@ -7,11 +7,10 @@ locked, to check that it is open and to take the next version for the event.
 
 import asyncio
 import secrets
-from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from itertools import chain
+from itertools import chain, takewhile
 from random import Random
 from typing import NamedTuple
 
@@ -46,10 +45,12 @@ PACE_SECONDS = 0.004
 # The most ballots that wait: about 100 bytes each, and two more for each choice of an approval. Those of a request are
 # kept until all of them are recorded, so up to twice as many are in memory.
 CAPACITY = 400_000
-# One attempt to commit, all attempts together, and how long a request may wait for its first commit, in seconds.
+# One attempt to commit, all attempts together, how long a request may wait for its first commit, and how often it is
+# looked for those that waited longer, in seconds.
 ATTEMPT_SECONDS = 10.0
 PATIENCE_SECONDS = 15.0
 WAIT_SECONDS = 15.0
+LOOK_SECONDS = 1.0
 
 _votes = Count("tally_votes_recorded", "Votes made durable.")
 _batch_votes = Histogram("tally_commit_votes", "Votes in one commit.", buckets=[4**power for power in range(9)])
@@ -79,6 +80,8 @@ class BallotBox:
         self._idle: list[asyncpg.Connection] = []
         # By poll_no: polls with a queue whose latest batch held voters who had voted before. So may the next.
         self._repeating: set[int] = set()
+        # The submissions of which no commit has taken a ballot, oldest first; a dict for its order.
+        self._unbegun: dict[Submission, None] = {}
         # Ballots that wait or are being committed, and the event that there are fewer than before.
         self._ballots = 0
         self._fewer = asyncio.Event()
@@ -90,6 +93,7 @@ class BallotBox:
         async with asyncio.TaskGroup() as tasks:
             for _ in range(COMMITTERS):
                 tasks.create_task(self._commit_forever())
+            tasks.create_task(self._give_up_forever())
 
     async def drain(self) -> None:
         """Returns when no ballot waits any more."""
@@ -120,6 +124,7 @@ class BallotBox:
             queue = self._queues[poll.poll_no, poll.state] = BallotQueue(poll)
         submission = Submission(batch, loop.time(), loop.create_future())
         queue.put(submission)
+        self._unbegun[submission] = None
         self._ballots += len(batch)
         self._offer(queue)
         return submission.verdicts
@@ -147,7 +152,7 @@ class BallotBox:
             self._offer(queue)
             _waiting.set(self._ballots)
             try:
-                await self._commit(queue.poll, _in_time(pieces, started))
+                await self._commit(queue.poll, self._begin(pieces))
             finally:
                 queue.committing -= 1
                 self._offer(queue)
@@ -155,6 +160,25 @@ class BallotBox:
                 self._ballots -= taken
                 self._fewer.set()
                 _commit_seconds.observe(loop.time() - started)
+
+    def _begin(self, pieces: list[Piece]) -> list[Piece]:
+        """Those of submissions that somebody still waits for."""
+        for piece in pieces:
+            self._unbegun.pop(piece.submission, None)
+        return [piece for piece in pieces if not piece.submission.verdicts.done()]
+
+    async def _give_up_forever(self) -> None:
+        """Watches how long submissions wait, also while all committers are held up."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            self._give_up(asyncio.get_running_loop().time())
+
+    def _give_up(self, now: float) -> None:
+        """Fails the submissions that have waited for too long. That is a reason only before the first commit of one:
+        after it, a repeat would be mostly repeated votes."""
+        for submission in list(takewhile(lambda submission: submission.since < now - WAIT_SECONDS, self._unbegun)):
+            del self._unbegun[submission]
+            submission.fail(TimeoutError("no commit began in time"))
 
     def _end_pace(self, queue: BallotQueue) -> None:
         queue.paced = False
@@ -171,10 +195,7 @@ class BallotBox:
             return
         try:
             batch = list(chain.from_iterable([piece.ballots for piece in pieces]))
-            if poll.spec.allow_vote_change:
-                verdicts = await self._record_in_turn(poll, batch)
-            else:
-                verdicts = await self._record(poll, batch)
+            verdicts = await self._record(poll, batch)
         except Exception as error:
             if not isinstance(error, UNAVAILABLE):
                 log.error("defect", exc_info=error)
@@ -185,22 +206,6 @@ class BallotBox:
         for piece in pieces:
             piece.submission.settle(piece, verdicts.part(start, len(piece.ballots)))
             start += len(piece.ballots)
-
-    async def _record_in_turn(self, poll: Poll, batch: list[bytes]) -> Verdicts:
-        """A batch in which a voter may vote several times: each of these votes gets a commit, so the log keeps it."""
-        turns: list[list[int]] = []
-        votes = Counter[bytes]()
-        for index, ballot in enumerate(batch):
-            key = ballots.voter(ballot)
-            if votes[key] == len(turns):
-                turns.append([])
-            turns[votes[key]].append(index)
-            votes[key] += 1
-        others: dict[int, Verdict] = {}
-        for turn in turns:
-            verdicts = await self._record(poll, [batch[index] for index in turn])
-            others.update((index, verdicts.of(place)) for place, index in enumerate(turn))
-        return Verdicts(None, others)
 
     async def _record(self, poll: Poll, batch: list[bytes]) -> Verdicts:
         """Tries until the batch is durable or patience ends. Whether a failed attempt took effect is unknown; the next
@@ -387,20 +392,6 @@ def _judge(batch: list[bytes], standing: "dict[bytes, _Standing]", without: Refu
             # A further ballot of this voter in the batch repeats this one.
             standing[key] = vote._replace(recorded=recorded._replace(already=True))
     return Verdicts(recorded, others)
-
-
-def _in_time(pieces: list[Piece], now: float) -> list[Piece]:
-    """Those of submissions that somebody still waits for; the others are given up. To have waited for too long is a
-    reason only before a submission's first commit: after it, a repeat would be mostly repeated votes."""
-    kept = []
-    for piece in pieces:
-        submission = piece.submission
-        if not submission.begun and submission.since < now - WAIT_SECONDS:
-            submission.fail(TimeoutError("no commit began in time"))
-        submission.begun = True
-        if not submission.verdicts.done():
-            kept.append(piece)
-    return kept
 
 
 def _recorded(row: asyncpg.Record, *, already: bool = False) -> Recorded:

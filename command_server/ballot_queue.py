@@ -4,17 +4,20 @@ While no more wait than a commit may hold, it takes them all, as they came. When
 their voters' keys, and the commits sweep over the ranges: each writes neighbours in the B-tree of the keys, where the
 oldest ballots, of voters anywhere, would touch nearly every page of a large poll for a row or two. A ballot then waits
 for one sweep: for what came before it, and for what comes meanwhile into ranges that are served before its own.
+
+Where votes may be changed, they wait by voter instead, and a commit takes one of each: so the log keeps every change,
+and a voter with thousands of them holds up nobody, for other voters and other polls have their turn after each commit.
 """
 
 import asyncio
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from command_server.ballots import by_range, range_of, size
+from command_server.ballots import by_range, range_of, size, voter
 from command_server.poll import most_choices
 from command_server.polls import Poll
 from contracts.refusals import Refusal
@@ -69,8 +72,6 @@ class Submission:
         # When it came, by the loop's clock.
         self.since = since
         self.verdicts = verdicts
-        # Whether a commit has taken some of them.
-        self.begun = False
         self._unsettled = len(ballots)
         self._recorded: Recorded | None = None
         self._others: dict[int, Verdict] = {}
@@ -87,14 +88,14 @@ class Submission:
         if self.verdicts.done():
             # Another piece has failed, or the caller went away. What was recorded counts all the same.
             return
-        if piece.range == _ALL:
+        if piece.part == _ALL:
             self.verdicts.set_result(verdicts)
             return
         recorded, others = verdicts
         if recorded and (self._recorded is None or self._recorded.version < recorded.version):
             self._recorded = recorded
         if others:
-            places = self._places_of(piece.range)
+            places = piece.part if isinstance(piece.part, list) else self._places_of(piece.part)
             self._others.update((places[index], verdict) for index, verdict in others.items())
         self._unsettled -= len(piece.ballots)
         if not self._unsettled:
@@ -115,10 +116,11 @@ class Submission:
 
 
 class Piece(NamedTuple):
-    """Ballots of a submission that go into one commit: those in a range of keys, or all of them."""
+    """Ballots of a submission that go into one commit: those in a range of keys, or in some places, or all of them."""
 
     submission: Submission
-    range: int
+    # The range's number, or the places, or _ALL.
+    part: int | list[int]
     ballots: list[bytes]
 
 
@@ -135,10 +137,12 @@ class BallotQueue:
         self.paced = False
         # The most ballots of one commit, whatever they choose.
         self._most = min(BATCH_BALLOTS, BATCH_BYTES // size(most_choices(poll.spec)))
-        self._latest: list[Submission] = []
+        self._latest: deque[Submission] = deque()
         self._ranges: list[deque[Piece]] = [deque() for _ in range(_RANGES)]
         # Where the sweep is.
         self._range = 0
+        # Where votes may be changed: the submission and the place in it of each ballot of a voter, oldest first.
+        self._lines: defaultdict[bytes, list[tuple[Submission, int]]] = defaultdict(list)
 
     @property
     def due(self) -> bool:
@@ -162,16 +166,19 @@ class BallotQueue:
 
     def take(self) -> list[Piece]:
         """The ballots of the next commit."""
-        if self.ballots <= self._most:
+        if self.poll.spec.allow_vote_change:
+            taken = self._one_of_each_voter()
+        elif self.ballots <= self._most:
             taken = [*chain.from_iterable(self._ranges), *(Piece(new, _ALL, new.ballots) for new in self._latest)]
             for pieces in self._ranges:
                 pieces.clear()
+            self._latest.clear()
         else:
             for new in self._latest:
                 for piece in new.pieces():
-                    self._ranges[piece.range].append(piece)
+                    self._ranges[range_of(piece.ballots[0], _RANGES)].append(piece)
+            self._latest.clear()
             taken = self._sweep()
-        self._latest.clear()
         self.ballots -= sum([len(piece.ballots) for piece in taken])
         return taken
 
@@ -194,3 +201,18 @@ class BallotQueue:
                 # The next sweep begins with a commit of its own: a commit's keys are neighbours.
                 return taken
         return taken
+
+    def _one_of_each_voter(self) -> list[Piece]:
+        """The oldest ballot of each voter, as many as fit a commit; voters who have more go to the end of the line."""
+        while self._latest and len(self._lines) < self._most:
+            new = self._latest.popleft()
+            for place, ballot in enumerate(new.ballots):
+                self._lines[voter(ballot)].append((new, place))
+        parts: defaultdict[Submission, list[int]] = defaultdict(list)
+        for key in list(islice(self._lines, self._most)):
+            line = self._lines.pop(key)
+            submission, place = line.pop(0)
+            parts[submission].append(place)
+            if line:
+                self._lines[key] = line
+        return [Piece(part, places, [part.ballots[place] for place in places]) for part, places in parts.items()]

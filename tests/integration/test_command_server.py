@@ -490,6 +490,29 @@ async def test_a_full_queue_refuses_a_vote_and_holds_a_stream(
     assert (await read_log(write_dsn, poll_id)).rows >= 100
 
 
+async def test_what_no_commit_takes_in_time_is_refused_while_all_committers_are_busy(
+    server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ballot_queue, "BATCH_BALLOTS", 30)
+    polls = [await open_poll(server) for _ in range(4)]
+    *busy, other = polls
+    connection = await asyncpg.connect(write_dsn)
+    async with connection.transaction():
+        await connection.execute("SELECT FROM polls FOR UPDATE")
+        voters = [f"voter-{n}" for n in range(100)]
+        streams = [asyncio.create_task(cast(server, batch(p, *((v, "mon") for v in voters)))) for p in busy]
+        while await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted") < ballot_box.COMMITTERS:
+            await asyncio.sleep(0.01)
+        monkeypatch.setattr(ballot_box, "WAIT_SECONDS", 0.2)
+        refusal = await refused(server.CastVote(vote(other, "ada", "mon"), timeout=5))
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE")
+    await connection.close()
+    # Of the polls that were served, at least one had a part of its votes in a commit: it is not given up.
+    answers = await asyncio.gather(*streams, return_exceptions=True)
+    assert sum(isinstance(answer, list) and answer[0].accepted == 100 for answer in answers) >= 1
+    assert (await read_log(write_dsn, other)).rows == 0
+
+
 async def _raise(error: BaseException) -> None:
     raise error
 

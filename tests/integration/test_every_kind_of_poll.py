@@ -252,6 +252,18 @@ class TestVoteChange:
         log = await read(write_dsn, poll_id)
         assert (log.counts, log.voters) == (Counter(d=300), 300)
 
+    async def test_votes_elsewhere_go_on_beside_thousands_of_changes(self, server: CommandServiceAsyncStub) -> None:
+        polls = [await open_poll(server, allow_vote_change=True) for _ in range(3)]
+        changes = [("ada", "ab"[n % 2]) for n in range(20_000)]
+        changing = [asyncio.create_task(cast(server, poll_id, *changes)) for poll_id in polls]
+        other = await open_poll(server)
+        for n in range(20):
+            await server.CastVote(vote(other, f"voter-{n}", "a"), timeout=5)
+            await server.CastVote(vote(polls[0], f"voter-{n}", "a"), timeout=5)
+        assert not any(task.done() for task in changing)
+        for task in changing:
+            task.cancel()
+
     async def test_many_changes_at_once_add_up(self, write_dsn: str) -> None:
         async with command_server(write_dsn) as one, command_server(write_dsn) as two:
             poll_id = await open_poll(one, allow_vote_change=True, method=VOTING_METHOD_APPROVAL)

@@ -9,15 +9,17 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from tally.poll.v1.poll_pb2 import VOTING_METHOD_APPROVAL, PollOption, PollSpec
 
-from command_server import ballot_box, ballot_queue, ballots
+from command_server import ballot_queue, ballots
 from command_server.ballot_queue import BallotQueue, Piece, Recorded, Submission, Verdicts
 from command_server.poll import OPEN, already_voted
 from command_server.polls import Poll
 
 
-def new_queue(choices: int = 1) -> BallotQueue:
+def new_queue(choices: int = 1, *, allow_vote_change: bool = False) -> BallotQueue:
     options = [PollOption(option_id=str(number), label=str(number)) for number in range(choices)]
-    spec = PollSpec(method=VOTING_METHOD_APPROVAL, options=options, max_choices=1000)
+    spec = PollSpec(
+        method=VOTING_METHOD_APPROVAL, options=options, max_choices=1000, allow_vote_change=allow_vote_change
+    )
     return BallotQueue(Poll(UUID(int=1), 1, OPEN, spec, {}, {}))
 
 
@@ -89,13 +91,36 @@ async def test_the_ballots_of_a_range_stay_in_their_order(monkeypatch: pytest.Mo
         assert [b for b in commits if b.startswith(voter)] == [b for b in cast if b.startswith(voter)]
 
 
-async def test_only_what_no_commit_has_taken_yet_waits_in_vain() -> None:
-    late, begun = submission(*single_choices(500)), submission(*single_choices(500))
-    first, second = begun.pieces()[:2]
-    assert ballot_box._in_time([first], 0.0) == [first]
-    pieces = [*late.pieces(), second]
-    assert ballot_box._in_time(pieces, ballot_box.WAIT_SECONDS + 1) == [second]
-    assert isinstance(late.verdicts.exception(), TimeoutError)
+async def test_where_votes_may_change_a_commit_takes_one_of_each_voter() -> None:
+    queue = new_queue(allow_vote_change=True)
+    ada, bob, cleo = (key * 16 for key in (b"a", b"b", b"c"))
+    marked = [key + ballots.marking([number]) for number, key in enumerate([ada, ada, bob, ada, bob])]
+    whole = submission(*marked)
+    queue.put(whole)
+    commits = [taken(queue.take())]
+    late = [cleo + ballots.marking([5]), ada + ballots.marking([6])]
+    queue.put(submission(*late))
+    while pieces := queue.take():
+        commits.append(taken(pieces))
+    assert [sorted(commit) for commit in commits] == [
+        [marked[0], marked[2]],
+        [marked[1], marked[4], late[0]],
+        [marked[3]],
+        [late[1]],
+    ]
+    assert queue.ballots == 0
+
+
+async def test_each_vote_of_a_voter_gets_its_own_verdict() -> None:
+    queue = new_queue(allow_vote_change=True)
+    whole = submission(*(key * 16 + ballots.marking([0]) for key in (b"a", b"b", b"a", b"c", b"a")))
+    queue.put(whole)
+    for version, refused in enumerate(([1], [0], []), 2):
+        [piece] = queue.take()
+        assert not whole.verdicts.done()
+        whole.settle(piece, Verdicts(recorded(version), dict.fromkeys(refused, already_voted())))
+    verdicts = whole.verdicts.result()
+    assert (verdicts.recorded, set(verdicts.others)) == (recorded(4), {1, 2})
 
 
 async def test_the_last_piece_settles_a_submission() -> None:
