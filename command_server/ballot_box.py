@@ -324,22 +324,23 @@ class BallotBox:
         """The way of a batch, without repeated voters, in which votes may take the place of earlier ones."""
         mine = {ballots.voter(ballot): ballot for ballot in batch}
         weights = await self._weights(connection, poll, mine) if poll.has_roll else None
-        candidates = sorted(batch if weights is None else [mine[key] for key in weights])
-        standing: dict[bytes, _Standing] = {}
+        eligible = mine if weights is None else weights
+        candidates = sorted(mine[key] for key in eligible)
         async with connection.transaction():
             rows = await connection.fetch(sql.replace_votes, batch_id, *_columns(poll, candidates))
             written = {ballots.voter_of(row["ballot_key"]): row["replaced"] for row in rows}
+            # Those that repeat what the voter chose before are locked too: nobody changes them before this is read.
+            unchanged = [key for key in eligible if key not in written]
+            standing = await self._standing(connection, poll, batch_id, unchanged) if unchanged else {}
             if written:
                 replaced = {key: choices for key, choices in written.items() if choices is not None}
                 votes = ballots.votes_cast(batch_id, sorted(mine[key] for key in written), weights, replaced)
                 payload = Event(votes_cast=votes).SerializeToString()
                 recorded = _recorded(await connection.fetchrow(sql.log_votes, poll.poll_no, batch_id, payload))
-                standing = {key: _Standing(ballots.choices(mine[key]), recorded) for key in written}
+                standing |= {key: _Standing(ballots.choices(mine[key]), recorded) for key in written}
                 failpoint("command.before_commit")
         failpoint("command.after_commit")
         _count(len(written))
-        unchanged = [key for key in mine if key not in written]
-        standing |= await self._standing(connection, poll, batch_id, unchanged)
         return _judge(batch, standing, not_eligible())
 
     async def _record_none(
@@ -347,7 +348,11 @@ class BallotBox:
     ) -> Verdicts:
         """The way of a batch for a poll that is not open: only repeats of recorded votes are not refused."""
         state = await connection.fetchval(sql.poll_state, poll.poll_no)
-        standing = await self._standing(connection, poll, batch_id, {ballots.voter(ballot) for ballot in batch})
+        mine = {ballots.voter(ballot): ballot for ballot in batch}
+        standing = await self._standing(connection, poll, batch_id, mine)
+        if poll.spec.allow_vote_change:
+            # Another choice would be no second vote, only a late one.
+            standing = {key: vote for key, vote in standing.items() if vote.choices == ballots.choices(mine[key])}
         return _judge(batch, standing, not_open(poll.state if state == OPEN else state))
 
     async def _weights(self, connection: asyncpg.Connection, poll: Poll, voters: Iterable[bytes]) -> dict[bytes, int]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import grpc
@@ -26,6 +26,7 @@ from tally.poll.v1.poll_pb2 import (
     PollSpec,
 )
 
+from command_server import ballot_box
 from command_server.ballots import option_numbers
 from contracts import freshness
 from contracts.counting import added_votes, count_changes
@@ -263,6 +264,34 @@ class TestVoteChange:
         assert not any(task.done() for task in changing)
         for task in changing:
             task.cancel()
+
+    async def test_a_repeat_beside_a_change_is_never_refused(
+        self, write_dsn: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with command_server(write_dsn) as one, command_server(write_dsn) as two:
+            poll_id = await open_poll(one, allow_vote_change=True)
+            await one.CastVote(vote(poll_id, "ada", "a"))
+            standing, changes = ballot_box.BallotBox._standing, list[asyncio.Future[Any]]()
+
+            async def late(*arguments: Any) -> Any:
+                if not changes:
+                    changes.append(asyncio.ensure_future(two.CastVote(vote(poll_id, "ada", "b"))))
+                    await asyncio.wait(changes, timeout=0.5)
+                return await standing(*arguments)
+
+            monkeypatch.setattr(ballot_box.BallotBox, "_standing", late)
+            assert (await one.CastVote(vote(poll_id, "ada", "a"))).already_recorded
+            assert not (await changes[0]).already_recorded
+            assert (await read(write_dsn, poll_id)).counts == Counter(b=1)
+
+    async def test_a_change_after_the_close_is_late_and_a_repeat_is_answered(
+        self, server: CommandServiceAsyncStub
+    ) -> None:
+        poll_id = await open_poll(server, allow_vote_change=True)
+        await server.CastVote(vote(poll_id, "ada", "a"))
+        await close(server, poll_id)
+        assert (await refused(server.CastVote(vote(poll_id, "ada", "b")))).reason == "POLL_NOT_OPEN"
+        assert (await server.CastVote(vote(poll_id, "ada", "a"))).already_recorded
 
     async def test_many_changes_at_once_add_up(self, write_dsn: str) -> None:
         async with command_server(write_dsn) as one, command_server(write_dsn) as two:
