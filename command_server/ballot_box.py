@@ -209,7 +209,7 @@ class BallotBox:
 
     async def _record(self, poll: Poll, batch: list[bytes]) -> Verdicts:
         """Tries until the batch is durable or patience ends. Whether a failed attempt took effect is unknown; the next
-        one finds out, because its rows would carry this batch_id."""
+        one finds out, because its event and its rows would carry this batch_id, of which there is one event at most."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         batch_id = self._random.getrandbits(63)
@@ -219,6 +219,8 @@ class BallotBox:
             try:
                 until = min(loop.time() + ATTEMPT_SECONDS, started + PATIENCE_SECONDS)
                 async with asyncio.timeout_at(until), self._connection() as connection:
+                    if backoff.failures and (unseen := await self._recorded_unseen(connection, poll, batch_id, batch)):
+                        return unseen
                     if poll.state != OPEN:
                         return await self._record_none(connection, poll, batch_id, batch)
                     if all_new:
@@ -227,7 +229,8 @@ class BallotBox:
                         return await self._replace_some(connection, poll, batch_id, batch)
                     return await self._record_some(connection, poll, batch_id, batch)
             except asyncpg.UniqueViolationError as error:
-                if error.constraint_name != "votes_pkey":
+                # The latter where a failed attempt takes effect only now, and others' votes have replaced some of it.
+                if error.constraint_name not in ("votes_pkey", "events_batch_id"):
                     raise
                 self._repeating.add(poll.poll_no)
                 all_new = False
@@ -354,6 +357,24 @@ class BallotBox:
             # Another choice would be no second vote, only a late one.
             standing = {key: vote for key, vote in standing.items() if vote.choices == ballots.choices(mine[key])}
         return _judge(batch, standing, not_open(poll.state if state == OPEN else state))
+
+    async def _recorded_unseen(
+        self, connection: asyncpg.Connection, poll: Poll, batch_id: int, batch: list[bytes]
+    ) -> Verdicts | None:
+        """What became of a batch, if an attempt that seemed to fail took effect. Its event tells, not only the votes:
+        they may have been changed since, and those who were not eligible may have been registered."""
+        row = await connection.fetchrow(sql.find_batch, batch_id)
+        if row is None:
+            return None
+        first = {ballots.voter(ballot): ballot for ballot in reversed(batch)}
+        standing = await self._standing(connection, poll, batch_id, first)
+        if poll.spec.allow_vote_change:
+            # What the attempt left out was a repeat then, whatever stands now.
+            standing = {key: vote._replace(choices=ballots.choices(first[key])) for key, vote in standing.items()}
+        recorded = _recorded(row)
+        for key in ballots.voters(Event.FromString(row["payload"]).votes_cast):
+            standing[key] = _Standing(ballots.choices(first[key]), recorded)
+        return _judge(batch, standing, not_eligible())
 
     async def _weights(self, connection: asyncpg.Connection, poll: Poll, voters: Iterable[bytes]) -> dict[bytes, int]:
         """The weights of those voters who are on the roll. They stay: nobody is ever taken off a roll."""

@@ -206,6 +206,12 @@ def votes_cast(
     return event
 
 
+def voters(event: VotesCast) -> list[bytes]:
+    """The `voter` of each vote in an event."""
+    keys = event.voter_keys
+    return [keys[start : start + _ROW_KEY_BYTES] for start in range(0, len(keys), KEY_BYTES)]
+
+
 def _single_choices(batch_id: int, columns: bytes, votes: int) -> VotesCast:
     keys = bytearray(KEY_BYTES * votes)
     for place in range(KEY_BYTES):

@@ -68,6 +68,9 @@ FROM votes AS vote
 JOIN events AS event USING (batch_id)
 WHERE vote.ballot_key = ANY ($1::uuid[])
 
+-- find_batch: the event of a batch, if it was recorded
+SELECT version, recorded_at, payload FROM events WHERE batch_id = $1
+
 -- register_voters: those voters who are not on the roll yet; sorted by key, so that two batches never deadlock
 INSERT INTO roll (weight, ballot_key)
 SELECT weight, ballot_key FROM unnest($1::integer[], $2::uuid[]) AS voter (weight, ballot_key)

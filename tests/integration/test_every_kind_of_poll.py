@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +94,23 @@ async def register(
 
 def reasons(response: pb.CastVotesResponse) -> dict[int, str]:
     return {r.index: ErrorReason.Name(r.reason).removeprefix("ERROR_REASON_") for r in response.rejections}
+
+
+def lose_a_reply(monkeypatch: pytest.MonkeyPatch, way: str, meanwhile: Callable[[], Awaitable[None]]) -> None:
+    """Has the next commit by this way of the ballot box fail unseen: it takes effect, but its server does not hear of
+    it, and something else happens before it tries again."""
+    real, lost = getattr(ballot_box.BallotBox, way), False
+
+    async def losing(*arguments: Any) -> Any:
+        nonlocal lost
+        verdicts = await real(*arguments)
+        if not lost:
+            lost = True
+            await meanwhile()
+            raise ConnectionResetError
+        return verdicts
+
+    monkeypatch.setattr(ballot_box.BallotBox, way, losing)
 
 
 class Log:
@@ -284,6 +301,35 @@ class TestVoteChange:
             assert not (await changes[0]).already_recorded
             assert (await read(write_dsn, poll_id)).counts == Counter(b=1)
 
+    @pytest.mark.parametrize(("closed", "early"), [(False, False), (True, False), (False, True)])
+    async def test_a_change_beside_a_lost_reply_stands(
+        self, write_dsn: str, monkeypatch: pytest.MonkeyPatch, closed: bool, early: bool
+    ) -> None:
+        async with command_server(write_dsn) as one, command_server(write_dsn) as two:
+            poll_id = await open_poll(one, allow_vote_change=True)
+            await one.CastVote(vote(poll_id, "bob", "a"))
+
+            async def meanwhile() -> None:
+                await two.CastVote(vote(poll_id, "ada", "b"))
+                await two.CastVote(vote(poll_id, "bob", "b"))
+                if closed:
+                    await close(two, poll_id)
+
+            lose_a_reply(monkeypatch, "_replace_some", meanwhile)
+            look, looks = ballot_box.BallotBox._recorded_unseen, 0
+
+            async def look_early(*arguments: Any) -> Any:
+                """As if the first attempt took effect only after the next one had looked for that."""
+                nonlocal looks
+                looks += 1
+                return None if early and looks == 1 else await look(*arguments)
+
+            monkeypatch.setattr(ballot_box.BallotBox, "_recorded_unseen", look_early)
+            response = await cast(one, poll_id, ("bob", "a"), ("ada", "a"), ("eve", "c"))
+            assert (response.accepted, response.already_recorded, reasons(response)) == (2, 1, {})
+            log = await read(write_dsn, poll_id)
+            assert (log.counts, log.changes.count("votes_cast")) == (Counter(b=2, c=1), 4)
+
     async def test_a_change_after_the_close_is_late_and_a_repeat_is_answered(
         self, server: CommandServiceAsyncStub
     ) -> None:
@@ -333,6 +379,23 @@ class TestRoll:
         await close(server, poll_id)
         assert (await refused(register(server, poll_id, {"bob": 1}))).reason == "POLL_NOT_OPEN"
         assert (await read(write_dsn, poll_id)).counts == Counter(a=1)
+
+    async def test_registering_beside_a_lost_reply(
+        self, server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        poll_id = await open_poll(server, eligibility=ELIGIBILITY_ROLL)
+        await register(server, poll_id, {"ada": 1})
+
+        async def meanwhile() -> None:
+            await register(server, poll_id, {"bob": 1})
+
+        lose_a_reply(monkeypatch, "_record_some", meanwhile)
+        votes = (("ada", "a"), ("bob", "a"), ("ada", "a"), ("ada", "b"))
+        response = await cast(server, poll_id, *votes)
+        assert (response.accepted, response.already_recorded) == (1, 1)
+        assert reasons(response) == {1: "VOTER_NOT_ELIGIBLE", 3: "ALREADY_VOTED"}
+        assert (await cast(server, poll_id, *votes)).accepted == 1
+        assert (await read(write_dsn, poll_id)).counts == Counter(a=2)
 
     async def test_a_changed_vote_keeps_its_weight(self, server: CommandServiceAsyncStub, write_dsn: str) -> None:
         poll_id = await open_poll(server, eligibility=ELIGIBILITY_ROLL, allow_vote_change=True)
