@@ -21,7 +21,7 @@ from tally.event.v1.event_pb2 import (
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 from tally.poll.v1.poll_pb2 import ELIGIBILITY_ROLL, VOTING_METHOD_SINGLE_CHOICE, PollSpec
 
-from contracts.refusals import Refusal, invalid_request
+from contracts.refusals import Refusal, invalid_request, quoted
 
 DRAFT, OPEN, CLOSED, CERTIFIED, CANCELLED = "DRAFT", "OPEN", "CLOSED", "CERTIFIED", "CANCELLED"
 
@@ -57,7 +57,7 @@ def update_poll(changes: PollSpec, mask: FieldMask) -> Decision:
     """A draft becomes another one. The caller checks what results by the rules of a new poll."""
     unknown = [path for path in mask.paths if path not in PollSpec.DESCRIPTOR.fields_by_name]
     if unknown:
-        raise invalid_request({"update_mask": f"PollSpec has no field {', '.join(unknown)}"})
+        raise invalid_request({"update_mask": f"PollSpec has no field {quoted(unknown[0])}"})
 
     def decide(poll: Poll) -> Change:
         if poll.state != DRAFT:
@@ -163,7 +163,7 @@ def choose(spec: PollSpec, option_numbers: Mapping[str, int], option_ids: Sequen
         )
     unknown = [option_id for option_id in option_ids if option_id not in option_numbers]
     if unknown:
-        raise Refusal(ErrorReason.ERROR_REASON_UNKNOWN_OPTION, f"the poll has no option {unknown[0]!r}")
+        raise Refusal(ErrorReason.ERROR_REASON_UNKNOWN_OPTION, f"the poll has no option {quoted(unknown[0])}")
     numbers = sorted({option_numbers[option_id] for option_id in option_ids})
     if len(numbers) < len(option_ids):
         raise Refusal(ErrorReason.ERROR_REASON_INVALID_REQUEST, "option_ids: an option can be chosen only once")

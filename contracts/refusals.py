@@ -1,6 +1,7 @@
 """Every way in which a call is refused, and the one table that maps each to its status. Plain data, without I/O."""
 
 from collections.abc import Mapping
+from itertools import islice
 
 from google.protobuf.any_pb2 import Any
 from google.protobuf.duration_pb2 import Duration
@@ -37,6 +38,11 @@ _RETRY_AFTER: Mapping[ErrorReason.ValueType, float] = {
     ErrorReason.ERROR_REASON_READ_MODEL_BEHIND: 0.5,
 }
 
+# A status travels in headers, of which gRPC begins to drop what is above 8 KiB, and with it the reason: the most field
+# violations of one refusal, and the most bytes of a text that is quoted.
+_MOST_FIELDS = 20
+_MOST_QUOTED = 100
+
 
 class Refusal(Exception):  # noqa: N818 - the caller's fault or a passing state, not an error of ours
     """A call that is not carried out, for a reason that the contract names."""
@@ -71,8 +77,18 @@ def reason_name(reason: ErrorReason.ValueType) -> str:
     return ErrorReason.Name(reason).removeprefix("ERROR_REASON_")
 
 
+def quoted(text: str) -> str:
+    """What a caller sent, as a message repeats it: in quotes, and only its beginning."""
+    whole = repr(text).encode()
+    return whole.decode() if len(whole) <= _MOST_QUOTED else f"{whole[:_MOST_QUOTED].decode(errors='ignore')}…"
+
+
 def invalid_request(fields: Mapping[str, str]) -> Refusal:
-    """The request breaks rules of its message; `fields` is path → rule, the path empty for the whole message."""
+    """The request breaks rules of its message; `fields` is path → rule, the path empty for the whole message. Of many
+    rules the first are told, and how many more there are."""
+    if len(fields) > _MOST_FIELDS:
+        more = f"{len(fields) - _MOST_FIELDS:,} more fields break a rule"
+        fields = {**dict(islice(fields.items(), _MOST_FIELDS)), "": more}
     message = "; ".join(f"{field or 'request'}: {rule}" for field, rule in fields.items())
     return Refusal(ErrorReason.ERROR_REASON_INVALID_REQUEST, message, fields)
 

@@ -18,6 +18,7 @@ import asyncpg
 import grpc
 import psutil
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 from tally.command.v1 import command_service_pb2 as pb
 from tally.command.v1.command_service_pb2_grpc import CommandServiceStub
 from tally.event.v1.event_pb2 import Event
@@ -324,6 +325,24 @@ async def test_bad_input_gets_a_clear_error_and_changes_nothing(
     assert refusal.fields == fields
     assert refusal.message
     assert await sql(write_dsn, counting) == before
+
+
+@pytest.mark.parametrize("sent", ["poll", "option", "mask"])
+async def test_an_error_about_much_input_arrives_with_its_reason(server: CommandServiceAsyncStub, sent: str) -> None:
+    poll_id, long = await open_poll(server), "é\x01" * 10_000
+    if sent == "poll":
+        bare = [PollOption(option_id="\0", label="\0" * 201)] * 1000
+        refusal = await refused(server.CreatePoll(pb.CreatePollRequest(poll=PollSpec(options=bare))))
+        assert len(refusal.fields) == 21
+        assert "more fields" in refusal.message
+    elif sent == "option":
+        refusal = await refused(server.CastVote(vote(poll_id, "ada", long)))
+    else:
+        mask = FieldMask(paths=[long, "title"])
+        refusal = await refused(server.UpdatePoll(pb.UpdatePollRequest(poll_id=poll_id, update_mask=mask)))
+    assert refusal.reason == ("UNKNOWN_OPTION" if sent == "option" else "INVALID_REQUEST")
+    # gRPC begins to drop what is above 8 KiB, and the message goes twice, as text and in the details.
+    assert len(refusal.message) < 2_500
 
 
 async def test_a_vote_in_a_poll_at_hand_keeps_the_rules_of_its_message(server: CommandServiceAsyncStub) -> None:

@@ -8,7 +8,7 @@ from tally.poll.v1.error_reason_pb2 import ErrorReason
 
 from contracts import freshness
 from contracts.failures import refusal_of
-from contracts.refusals import STATUS_CODES, Refusal, invalid_request, reason_name
+from contracts.refusals import STATUS_CODES, Refusal, invalid_request, quoted, reason_name
 
 
 @pytest.mark.parametrize("reason", [reason for reason in ErrorReason.values() if reason])
@@ -26,6 +26,21 @@ def test_field_violations_are_named() -> None:
     bad = BadRequest()
     assert invalid_request({"poll.title": "is empty"}).status().details[1].Unpack(bad)
     assert [(v.field, v.description) for v in bad.field_violations] == [("poll.title", "is empty")]
+
+
+def test_many_violations_are_counted() -> None:
+    refusal = invalid_request({f"poll.options[{number}].label": "is empty" for number in range(1000)})
+    assert list(refusal.fields)[::19] == ["poll.options[0].label", "poll.options[19].label"]
+    assert refusal.fields[""] == "980 more fields break a rule"
+    assert refusal.message.endswith("poll.options[19].label: is empty; request: 980 more fields break a rule")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("a'b", '"a\'b"'), ("x" * 98, repr("x" * 98)), ("x" * 99, f"'{'x' * 99}…"), ("ö" * 50, f"'{'ö' * 49}…")],
+)
+def test_what_is_quoted_is_cut(text: str, shown: str) -> None:
+    assert quoted(text) == shown
 
 
 def test_a_defect_tells_the_caller_nothing() -> None:
