@@ -21,6 +21,9 @@ VERSION_HEADER = "Tally-Version"
 # Header that makes JetStream drop a second copy of the same outbox row.
 MESSAGE_ID_HEADER = "Nats-Msg-Id"
 
+# No poll has so many events: a version above it is no number of the database.
+_MAX_VERSION = 1 << 62
+
 
 def event_subject(shard: int, poll_id: UUID) -> str:
     """Where the events of a poll are published."""
@@ -47,6 +50,9 @@ def parse_republish_request(data: bytes) -> tuple[UUID, int]:
     """The poll and the first version that somebody asked for. Raises ValueError for anything else."""
     try:
         request = json.loads(data)
-        return UUID(request["poll_id"]), int(request["from_version"])
-    except (KeyError, TypeError, AttributeError) as error:
+        poll_id, from_version = UUID(request["poll_id"]), int(request["from_version"])
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"not a republish request: {data[:200]!r}") from error
+    if from_version > _MAX_VERSION:
+        raise ValueError(f"no event has version {from_version}")
+    return poll_id, from_version

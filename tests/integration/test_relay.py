@@ -345,7 +345,9 @@ async def test_a_range_is_published_again_up_to_the_head(
         await log.cast(poll)
     async with relaying(write_dsn, nats_url):
         await drained(log)
-        await bus.publish(REPUBLISH, b"nonsense")
+        head = b'{"poll_id": "%s", "from_version": ' % str(poll.poll_id).encode()
+        for nonsense in (b"nonsense", b"[" * 100_000, head + b"1e999}", head + b"9" * 30 + b"}"):
+            await bus.publish(REPUBLISH, nonsense)
         await bus.publish(REPUBLISH, republish_request(uuid4(), 1))
         await bus.publish(REPUBLISH, republish_request(poll.poll_id, poll.version + 1))
         for _ in range(5):
