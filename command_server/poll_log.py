@@ -33,8 +33,12 @@ class Request(NamedTuple):
 
     @classmethod
     def of(cls, message: Message, request_id: str) -> "Request":
+        uuid = UUID(request_id) if request_id else None
+        if uuid:
+            # However its letters are written, it is the same id.
+            message.MergeFrom(type(message)(request_id=str(uuid)))
         body = message.DESCRIPTOR.full_name.encode() + b"\0" + message.SerializeToString(deterministic=True)
-        return cls(UUID(request_id) if request_id else None, blake2b(body, digest_size=32).digest())
+        return cls(uuid, blake2b(body, digest_size=32).digest())
 
 
 class PollLog:
@@ -91,7 +95,8 @@ class PollLog:
             if request.request_id is None:
                 return await command(connection)
             # A repeat that comes while the first call is under way waits here for the first one's answer.
-            await connection.execute(sql.lock_request, int.from_bytes(request.request_id.bytes[:8], signed=True))
+            # Below zero, where no other lock is: a caller, who chooses the id, must not hold what others wait for.
+            await connection.execute(sql.lock_request, ~(int.from_bytes(request.request_id.bytes[:8]) >> 1))
             known = await connection.fetchrow(sql.find_request, request.request_id)
             if known is not None:
                 if known["fingerprint"] != request.fingerprint:

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from hashlib import blake2b
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from command_server import ballot_box, ballot_queue, ballots, polls
 from contracts import freshness
 from contracts.voters import VoterKeys
 from runtime.embedded import Stores, free_port
+from runtime.postgres import MIGRATION_LOCK
 from runtime.serving import violations
 from tests.processes import service
 from tests.servers import VOTER_SECRET, command_channel, command_server, refused, sql, vote_rows
@@ -149,6 +151,27 @@ async def test_a_request_id_makes_a_command_happen_once(server: CommandServiceAs
     opened = await asyncio.gather(*(server.OpenPoll(opening) for _ in range(20)))
     assert len({answer.consistency_token for answer in opened}) == 1
     assert (await read_log(write_dsn, answers[0].poll_id)).changes == ["poll_created", "poll_opened"]
+
+
+async def test_a_request_id_is_the_same_in_capitals(server: CommandServiceAsyncStub, write_dsn: str) -> None:
+    create = pb.CreatePollRequest(request_id=str(uuid4()), poll=SPEC)
+    first = await server.CreatePoll(create)
+    # A hash that an earlier version kept is still that of this request: it took the id as it was written.
+    body = create.DESCRIPTOR.full_name.encode() + b"\0" + create.SerializeToString(deterministic=True)
+    [kept] = await sql(write_dsn, "SELECT fingerprint FROM command_requests")
+    assert kept["fingerprint"] == blake2b(body, digest_size=32).digest()
+    create.request_id = create.request_id.upper()
+    assert await server.CreatePoll(create) == first
+
+
+async def test_no_request_id_has_the_number_of_another_lock(server: CommandServiceAsyncStub, write_dsn: str) -> None:
+    holder = await asyncpg.connect(write_dsn)
+    try:
+        await holder.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK)
+        same_number = str(UUID(bytes=MIGRATION_LOCK.to_bytes(8) + bytes(8)))
+        assert (await server.CreatePoll(pb.CreatePollRequest(request_id=same_number, poll=SPEC))).poll_id
+    finally:
+        await holder.close()
 
 
 @pytest.mark.parametrize("other", ["another body", "another command"])
