@@ -2,9 +2,10 @@
 
 from asyncio import timeout
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from hashlib import blake2b
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -21,6 +22,9 @@ from runtime.serving import violations
 sql = queries(__package__)
 
 COMMAND_SECONDS = 10.0
+
+# The first and the last of Python's moments; to Postgres they would be infinite.
+_BEGINNING, _END = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
 ResponseT = TypeVar("ResponseT", bound=Message)
 
@@ -139,6 +143,16 @@ def _columns(change: Change) -> tuple[str, bytes, datetime | None, datetime | No
     written = event.HasField("poll_created") or event.HasField("poll_updated")
     if written and (broken := violations(spec)):
         raise invalid_request({f"poll.{field}" if field else "poll": rule for field, rule in broken.items()})
-    opens_at = spec.opens_at.ToDatetime(UTC) if spec.HasField("opens_at") else None
-    closes_at = spec.closes_at.ToDatetime(UTC) if spec.HasField("closes_at") else None
+    opens_at, closes_at = _moment(spec, "opens_at"), _moment(spec, "closes_at")
     return state, spec.SerializeToString(), opens_at, closes_at, event.SerializeToString()
+
+
+def _moment(spec: PollSpec, field: Literal["opens_at", "closes_at"]) -> datetime | None:
+    """When a poll opens or closes by itself. Raises INVALID_REQUEST where that is no time of the calendar."""
+    if not spec.HasField(field):
+        return None
+    with suppress(ValueError, OverflowError):
+        moment: datetime = getattr(spec, field).ToDatetime(UTC)
+        if _BEGINNING < moment < _END:
+            return moment
+    raise invalid_request({f"poll.{field}": "must be a valid time after 0001-01-01 and in a year up to 9999"})

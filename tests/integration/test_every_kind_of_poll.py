@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
@@ -502,6 +503,16 @@ class TestOnTime:
         assert (await refused(server.CreatePoll(request))).reason == "INVALID_REQUEST"
         late = await draft(server, closes_at=after(-1))
         assert (await refused(server.OpenPoll(pb.OpenPollRequest(poll_id=late)))).reason == "POLL_NOT_OPEN"
+
+    async def test_times_must_be_of_the_calendar(self, server: CommandServiceAsyncStub) -> None:
+        times = [(10**15, 0), (253402300800, 0), (253402300799, 10**9 - 1), (5, -5), (5, 2 * 10**9), (-62135596800, 0)]
+        for (seconds, nanos), field in product(times, ("opens_at", "closes_at")):
+            poll = spec(**{field: Timestamp(seconds=seconds, nanos=nanos)})
+            refusal = await refused(server.CreatePoll(pb.CreatePollRequest(poll=poll)))
+            assert (refusal.reason, refusal.fields) == ("INVALID_REQUEST", [f"poll.{field}"])
+
+    async def test_the_last_second_of_the_calendar_is_a_time(self, server: CommandServiceAsyncStub) -> None:
+        await draft(server, opens_at=Timestamp(seconds=-62135596799), closes_at=Timestamp(seconds=253402300799))
 
 
 LEADERS = """
