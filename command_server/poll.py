@@ -50,7 +50,8 @@ Decision = Callable[[Poll], Change]
 
 def create_poll(spec: PollSpec) -> Change:
     """The first event of a new poll."""
-    return Change(DRAFT, Event(poll_created=PollCreated(poll=spec)), spec)
+    known = _known(spec)
+    return Change(DRAFT, Event(poll_created=PollCreated(poll=known)), known)
 
 
 def update_poll(changes: PollSpec, mask: FieldMask) -> Decision:
@@ -66,8 +67,7 @@ def update_poll(changes: PollSpec, mask: FieldMask) -> Decision:
         spec.CopyFrom(poll.spec)
         names = mask.paths or [field.name for field, _ in changes.ListFields()]
         _clear(spec, names)
-        wanted = PollSpec()
-        wanted.CopyFrom(changes)
+        wanted = _known(changes)
         _clear(wanted, set(PollSpec.DESCRIPTOR.fields_by_name) - set(names))
         spec.MergeFrom(wanted)
         return Change(DRAFT, Event(poll_updated=PollUpdated(poll=spec)), spec)
@@ -197,6 +197,14 @@ def not_eligible() -> Refusal:
 
 def _not_draft(poll: Poll, what: str) -> Refusal:
     return Refusal(ErrorReason.ERROR_REASON_POLL_NOT_DRAFT, f"the poll is {poll.state}; only a DRAFT can be {what}")
+
+
+def _known(spec: PollSpec) -> PollSpec:
+    """A copy without fields that the contract does not name: no rule limits how much they hold."""
+    known = PollSpec()
+    known.CopyFrom(spec)
+    known.DiscardUnknownFields()
+    return known
 
 
 def _clear(spec: PollSpec, names: Iterable[str]) -> None:

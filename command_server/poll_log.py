@@ -14,6 +14,7 @@ from tally.command.v1.command_service_pb2 import CertifyPollResponse, CreatePoll
 from tally.poll.v1.poll_pb2 import PollSpec
 
 from command_server.poll import Change, Decision, Poll, create_poll, request_certification
+from contracts.bus import MAX_PAYLOAD_BYTES
 from contracts.freshness import token
 from contracts.refusals import invalid_request, poll_not_found
 from runtime.postgres import POOL_SECONDS, queries
@@ -144,7 +145,10 @@ def _columns(change: Change) -> tuple[str, bytes, datetime | None, datetime | No
     if written and (broken := violations(spec)):
         raise invalid_request({f"poll.{field}" if field else "poll": rule for field, rule in broken.items()})
     opens_at, closes_at = _moment(spec, "opens_at"), _moment(spec, "closes_at")
-    return state, spec.SerializeToString(), opens_at, closes_at, event.SerializeToString()
+    payload = event.SerializeToString()
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise invalid_request({"poll": f"makes an event of {len(payload):,} bytes; {MAX_PAYLOAD_BYTES:,} are allowed"})
+    return state, spec.SerializeToString(), opens_at, closes_at, payload
 
 
 def _moment(spec: PollSpec, field: Literal["opens_at", "closes_at"]) -> datetime | None:

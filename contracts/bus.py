@@ -15,6 +15,8 @@ OUTBOX_REPORTS = "tally.outbox.*"
 # No event is larger: a poll's definition has at most 1.3 MB, and a batch of votes comes from requests of at most 4 MiB.
 # The NATS servers' max_payload must allow it; their default of 1 MiB does not.
 MAX_EVENT_BYTES = 4 << 20
+# What the log may hold of an event, by a constraint of its table: the rest is for what a message has beside it.
+MAX_PAYLOAD_BYTES = MAX_EVENT_BYTES - 1024
 
 # Header of each message: the event's version, so that the stream's tail can be checked without parsing it.
 VERSION_HEADER = "Tally-Version"

@@ -28,6 +28,7 @@ from tally.poll.v1.poll_pb2 import VOTING_METHOD_SINGLE_CHOICE, PollOption, Poll
 
 from command_server import ballot_box, ballot_queue, ballots, polls
 from contracts import freshness
+from contracts.bus import MAX_PAYLOAD_BYTES
 from contracts.voters import VoterKeys
 from runtime.embedded import Stores, free_port
 from runtime.postgres import MIGRATION_LOCK
@@ -193,6 +194,18 @@ async def test_a_refused_command_can_be_repeated_when_it_is_due(server: CommandS
     assert (await refused(server.ClosePoll(close))).reason == "POLL_NOT_OPEN"
     await server.OpenPoll(pb.OpenPollRequest(poll_id=poll_id))
     await server.ClosePoll(close)
+
+
+async def test_no_event_is_larger_than_the_bus_takes(server: CommandServiceAsyncStub, write_dsn: str) -> None:
+    poll_id = await draft_poll(server)
+    # As an earlier version kept it: full of a field that nobody knows.
+    await sql(write_dsn, "UPDATE polls SET spec = spec || $1", b"\x82\x7d\x03any" * (MAX_PAYLOAD_BYTES // 6))
+    refusal = await refused(server.UpdatePoll(pb.UpdatePollRequest(poll_id=poll_id, poll=PollSpec(title="When?"))))
+    assert (refusal.reason, refusal.fields) == ("INVALID_REQUEST", ["poll"])
+    insert = "INSERT INTO events (poll_no, version, recorded_at, payload) VALUES (1, $1, now(), $2)"
+    await sql(write_dsn, insert, 2, bytes(MAX_PAYLOAD_BYTES))
+    with pytest.raises(asyncpg.CheckViolationError):
+        await sql(write_dsn, insert, 3, bytes(MAX_PAYLOAD_BYTES + 1))
 
 
 async def test_one_vote_each(server: CommandServiceAsyncStub, write_dsn: str) -> None:

@@ -5,10 +5,11 @@ import sys
 from datetime import UTC, datetime
 
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 from tally.poll.v1.poll_pb2 import VOTING_METHOD_SINGLE_CHOICE, PollOption, PollSpec
 
-from command_server.poll import CLOSED, DRAFT, OPEN, Poll, choose, close_poll, create_poll, open_poll
+from command_server.poll import CLOSED, DRAFT, OPEN, Poll, choose, close_poll, create_poll, open_poll, update_poll
 from contracts.refusals import Refusal
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -29,6 +30,12 @@ def test_a_poll_lives_from_draft_to_open_to_closed() -> None:
     changes = [change.event.WhichOneof("change") for change in (created, opened, closed)]
     assert changes == ["poll_created", "poll_opened", "poll_closed"]
     assert created.event.poll_created.poll == SPEC
+
+
+def test_fields_that_the_contract_does_not_name_are_not_kept() -> None:
+    padded = PollSpec.FromString(SPEC.SerializeToString() + b"\x82\x7d\x03any")
+    updated = update_poll(padded, FieldMask())(at(DRAFT))
+    assert {create_poll(padded).spec.ByteSize(), updated.spec.ByteSize()} == {SPEC.ByteSize()}
 
 
 @pytest.mark.parametrize("state", [OPEN, CLOSED])
