@@ -31,8 +31,10 @@ from runtime.serving import check, checks_itself, read_message, reads_bytes
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-# Requests of one stream that may be under way at once; then the server stops reading.
+# Requests of one stream that may be under way at once, and the votes of those of all streams; then the server stops
+# reading. But each stream may always have one, so that none waits for another whose caller reads no answers.
 STREAM_IN_FLIGHT = 24
+VOTES_IN_FLIGHT = 400_000
 # Votes of one request: what the rules of the message allow.
 MAX_BATCH_VOTES = 20_000
 
@@ -51,6 +53,9 @@ class CommandService(CommandServiceServicer):
         self._voters = voters
         self._reader = Reader(voters)
         self._answer: _Answer | None = None
+        # Votes of the streams' requests that are not answered, and the event that there are fewer than before.
+        self._in_flight = 0
+        self._fewer = asyncio.Event()
 
     async def CreatePoll(self, request: pb.CreatePollRequest, context: Context) -> pb.CreatePollResponse:
         return await self._log.create(Request.of(request, request.request_id), request.poll)
@@ -119,21 +124,38 @@ class CommandService(CommandServiceServicer):
         self, requests: AsyncIterator[bytes], context: Context
     ) -> None:
         under_way: asyncio.Queue[_Batch | Exception | None] = asyncio.Queue(STREAM_IN_FLIGHT)
+        in_flight = 0
+
+        def count(votes: int) -> None:
+            nonlocal in_flight
+            in_flight += votes
+            self._in_flight += votes
+            if votes < 0:
+                self._fewer.set()
 
         async def read() -> None:
             try:
                 async for request in requests:
-                    await under_way.put(await self._submit(request))
+                    while in_flight and self._in_flight >= VOTES_IN_FLIGHT:
+                        self._fewer.clear()
+                        await self._fewer.wait()
+                    batch = await self._submit(request)
+                    count(batch.votes)
+                    await under_way.put(batch)
             except Exception as error:  # noqa: BLE001 - what came before it is answered first
                 await under_way.put(error)
             await under_way.put(None)
 
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(read())
-            while (batch := await under_way.get()) is not None:
-                if isinstance(batch, Exception):
-                    raise batch
-                await context.write(await batch.response())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(read())
+                while (batch := await under_way.get()) is not None:
+                    if isinstance(batch, Exception):
+                        raise batch
+                    await context.write(await batch.answer())
+                    count(-batch.votes)
+        finally:
+            count(-in_flight)
 
     async def _submit(self, data: bytes) -> "_Batch":
         """Puts the valid votes of a batch into the ballot box; the others are rejected one by one."""
@@ -147,7 +169,8 @@ class CommandService(CommandServiceServicer):
         try:
             poll = await self._polls.find(envelope.poll_id)
         except Refusal as refusal:
-            batch.rejected = dict.fromkeys(range(envelope.votes), refusal)
+            for index in range(envelope.votes):
+                batch.reject(index, refusal)
             return batch
         batch.poll = poll
         marked: list[bytes | None] = [None] * envelope.votes if request else self._reader.mark(data, poll.markings)
@@ -160,7 +183,7 @@ class CommandService(CommandServiceServicer):
                             vote.option_ids
                         )
                     except Refusal as refusal:
-                        batch.rejected[index] = refusal
+                        batch.reject(index, refusal)
         ballots = [ballot for ballot in marked if ballot is not None]
         if ballots:
             batch.verdicts = await self._box.cast_all(poll, ballots)
@@ -189,34 +212,37 @@ class _Answer:
 
 
 class _Batch:
-    """A CastVotesRequest under way: the votes that were rejected at once, and the others' verdicts to come."""
+    """A CastVotesRequest under way: its answer, with the votes that were rejected at once, and the others' verdicts to
+    come."""
 
     def __init__(self, sequence: int, votes: int) -> None:
-        self.sequence = sequence
         self.votes = votes
         self.poll: Poll | None = None
-        self.rejected: dict[int, Refusal] = {}
         self.verdicts: asyncio.Future[Verdicts] | None = None
+        self._response = pb.CastVotesResponse(batch_sequence=sequence)
 
-    async def response(self) -> pb.CastVotesResponse:
-        response = pb.CastVotesResponse(batch_sequence=self.sequence)
-        rejected = self.rejected
+    def reject(self, index: int, refusal: Refusal) -> None:
+        """Says why a vote does not count. The refusal is not kept: its traceback would keep the request."""
+        self._response.rejections.add(index=index, reason=refusal.reason, message=refusal.message)
+
+    async def answer(self) -> pb.CastVotesResponse:
+        """The answer, once all votes are judged."""
+        response = self._response
         if self.verdicts is not None and self.poll is not None:
             recorded, others = await self.verdicts
             version = recorded.version if recorded else 0
             if others:
-                rejected = dict(rejected)
                 # Verdicts count the ballots that were submitted; the caller counts the votes it sent.
-                sent = [index for index in range(self.votes) if index not in self.rejected]
+                rejected = {rejection.index for rejection in response.rejections}
+                sent = [index for index in range(self.votes) if index not in rejected]
                 for index, verdict in others.items():
                     if isinstance(verdict, Recorded):
                         response.already_recorded += verdict.already
                         version = max(version, verdict.version)
                     else:
-                        rejected[sent[index]] = verdict
-            response.accepted = self.votes - response.already_recorded - len(rejected)
+                        self.reject(sent[index], verdict)
+                response.rejections.sort(key=lambda rejection: rejection.index)
+            response.accepted = self.votes - response.already_recorded - len(response.rejections)
             if version:
                 response.consistency_token = token(self.poll.poll_id, version)
-        for index, refusal in sorted(rejected.items()):
-            response.rejections.add(index=index, reason=refusal.reason, message=refusal.message)
         return response

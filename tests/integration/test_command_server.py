@@ -27,6 +27,7 @@ from tally.poll.v1.error_reason_pb2 import ErrorReason
 from tally.poll.v1.poll_pb2 import VOTING_METHOD_SINGLE_CHOICE, PollOption, PollSpec
 
 from command_server import ballot_box, ballot_queue, ballots, polls
+from command_server import service as command_service
 from contracts import freshness
 from contracts.bus import MAX_PAYLOAD_BYTES
 from contracts.voters import VoterKeys
@@ -656,8 +657,55 @@ async def test_workers_share_a_port_and_are_replaced(write_dsn: str, tmp_path: P
     assert not [child for child in [*children, *alive] if child.is_running() and child.status() != "zombie"]
 
 
-async def test_a_producer_faster_than_the_database_fills_no_memory(write_dsn: str, tmp_path: Path) -> None:
-    """The poll's row is locked, so nothing can be recorded; several streams send all they can, and are not read."""
+async def test_a_stream_that_is_not_read_holds_up_no_other(
+    server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_service, "VOTES_IN_FLIGHT", 20_000)
+    poll_id = await open_poll(server)
+    sent = [0]
+
+    def counted(batch: pb.CastVotesRequest, times: int) -> Iterator[pb.CastVotesRequest]:
+        for _ in range(times):
+            sent[0] += 1
+            yield batch
+
+    unread = server.CastVotes(counted(batch(poll_id, *((f"{n}", "sun") for n in range(20_000))), 60))
+    seen = -1
+    async with asyncio.timeout(60):
+        while sent[0] > seen:
+            seen = sent[0]
+            await asyncio.sleep(1)
+        assert sent[0] < 60, "the stream is held back"
+        responses = await cast(server, *(batch(poll_id, (f"voter-{n}", "mon"), sequence=n) for n in range(50)))
+    assert [(r.batch_sequence, r.accepted) for r in responses] == [(n, 1) for n in range(50)]
+
+    # Once it has gone, another may have several requests under way.
+    unread.cancel()
+    taken = 0
+    cast_all = ballot_box.BallotBox.cast_all
+
+    async def counting(*arguments: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        return await cast_all(*arguments)
+
+    monkeypatch.setattr(ballot_box.BallotBox, "cast_all", counting)
+    connection = await asyncpg.connect(write_dsn)
+    async with connection.transaction(), asyncio.timeout(10):
+        await connection.execute("SELECT FROM polls FOR UPDATE")
+        streaming = asyncio.create_task(cast(server, *(batch(poll_id, (f"late-{n}", "mon")) for n in range(20))))
+        while taken < 20:
+            await asyncio.sleep(0.01)
+    await connection.close()
+    assert [response.accepted for response in await streaming] == [1] * 20
+
+
+@pytest.mark.parametrize("invalid", [1, 5000])
+async def test_a_producer_faster_than_the_database_fills_no_memory(
+    write_dsn: str, tmp_path: Path, invalid: int
+) -> None:
+    """The poll's row is locked, so nothing can be recorded; several streams send all they can, and are not read. So
+    many votes of each 5,000 are invalid."""
     settings = {"command_listen": f"127.0.0.1:{free_port()}", "write_dsn": write_dsn, "voter_secret": VOTER_SECRET}
     connection = await asyncpg.connect(write_dsn)
     async with (
@@ -671,14 +719,15 @@ async def test_a_producer_faster_than_the_database_fills_no_memory(write_dsn: st
         def flood(name: str) -> Iterator[pb.CastVotesRequest]:
             for number in range(400):
                 sent[0] += 1
-                yield batch(poll_id, *((f"{name}-{number}-{n}", "mon") for n in range(5000)))
+                options = ["sun"] * invalid + ["mon"] * (5000 - invalid)
+                yield batch(poll_id, *((f"{name}-{number}-{n}", option) for n, option in enumerate(options)))
 
         async with connection.transaction():
             await connection.execute("SELECT FROM polls FOR UPDATE")
             streams = [server.CastVotes(flood(f"stream-{n}")) for n in range(6)]
             memory: list[int] = []
             seen = -1
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 # Until nothing more is taken from the streams.
                 while sent[0] > seen or len(memory) < 10:
                     seen = sent[0]
