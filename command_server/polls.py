@@ -15,7 +15,8 @@ from runtime.postgres import POOL_SECONDS, patiently, queries
 
 sql = queries(__package__)
 
-_CAPACITY = 10_000
+# The most options of all polls that are remembered: with its part of a poll, an option has some 600 bytes.
+OPTIONS = 50_000
 PATIENCE_SECONDS = 5.0
 
 
@@ -51,29 +52,41 @@ class Polls:
 
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
+        # By the usual spelling of their ids, as one poll's id has many. The one that was used last comes last.
         self._open: OrderedDict[str, Poll] = OrderedDict()
+        self._options = 0
 
     def known(self, poll_id: str) -> Poll | None:
-        """The poll, if it is remembered: then `poll_id` is a UUID."""
-        return self._open.get(poll_id)
+        """The poll, if it is remembered: then `poll_id` is a UUID, in its usual spelling."""
+        poll = self._open.get(poll_id)
+        if poll is not None:
+            self._open.move_to_end(poll_id)
+        return poll
 
     async def find(self, poll_id: str) -> Poll:
         """The poll, or POLL_NOT_FOUND. `poll_id` is a UUID as the caller wrote it."""
-        poll = self._open.get(poll_id)
+        uuid = UUID(poll_id)
+        poll = self.known(str(uuid))
         if poll is not None:
             return poll
-        row = await patiently(lambda: self._read(UUID(poll_id)), PATIENCE_SECONDS)
+        row = await patiently(lambda: self._read(uuid), PATIENCE_SECONDS)
         if row is None:
             raise poll_not_found(poll_id)
         spec = PollSpec.FromString(row["spec"])
         numbers = {option.option_id: number for number, option in enumerate(spec.options)}
         markings = {option_id: ballots.marking([number]) for option_id, number in numbers.items()}
-        poll = Poll(UUID(poll_id), row["poll_no"], row["state"], spec, numbers, markings)
+        poll = Poll(uuid, row["poll_no"], row["state"], spec, numbers, markings)
         if poll.state == OPEN:
-            self._open[poll_id] = poll
-            if len(self._open) > _CAPACITY:
-                self._open.popitem(last=False)
+            self._remember(poll)
         return poll
+
+    def _remember(self, poll: Poll) -> None:
+        # Many may have looked it up at once.
+        self.forget(poll)
+        self._open[str(poll.poll_id)] = poll
+        self._options += len(poll.markings)
+        while self._options > OPTIONS:
+            self.forget(next(iter(self._open.values())))
 
     async def _read(self, poll_id: UUID) -> asyncpg.Record | None:
         async with self._pool.acquire(timeout=POOL_SECONDS) as connection:
@@ -81,5 +94,5 @@ class Polls:
 
     def forget(self, poll: Poll) -> None:
         """Look the poll up again next time."""
-        for poll_id in [key for key, known in self._open.items() if known.poll_no == poll.poll_no]:
-            del self._open[poll_id]
+        if known := self._open.pop(str(poll.poll_id), None):
+            self._options -= len(known.markings)

@@ -397,6 +397,46 @@ async def test_a_vote_in_a_poll_at_hand_keeps_the_rules_of_its_message(server: C
             assert (await server.CastVote(request)).receipt.poll_id == poll_id
 
 
+class TestRemembered:
+    """Which polls the server looks up again."""
+
+    @pytest.fixture
+    def looked_up(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        seen: list[str] = []
+        read = polls.Polls._read
+
+        async def reading(self: polls.Polls, poll_id: UUID) -> Any:
+            seen.append(str(poll_id))
+            return await read(self, poll_id)
+
+        monkeypatch.setattr(polls.Polls, "_read", reading)
+        return seen
+
+    async def test_a_poll_is_one_however_its_id_is_written(
+        self, server: CommandServiceAsyncStub, looked_up: list[str]
+    ) -> None:
+        poll_id = await open_poll(server)
+        for spelling in (poll_id.upper(), poll_id, poll_id.title()):
+            await server.CastVote(vote(spelling, "ada", "mon"))
+            [answer] = await cast(server, batch(spelling, ("ada", "mon")))
+            assert answer.already_recorded == 1
+        assert looked_up == [poll_id]
+
+    async def test_those_used_last_with_so_many_options(
+        self, server: CommandServiceAsyncStub, looked_up: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(polls, "OPTIONS", 3 * len(SPEC.options))
+        hot, *others = [await open_poll(server) for _ in range(6)]
+        for poll_id in others:
+            await server.CastVote(vote(poll_id, "ada", "mon"))
+            await server.CastVote(vote(hot, "ada", "mon"))
+        assert looked_up == [others[0], hot, *others[1:]]
+        await asyncio.gather(*(server.CastVote(vote(others[0], f"{n}", "mon")) for n in range(50)))
+        for poll_id in (hot, others[-1], others[0]):
+            await server.CastVote(vote(poll_id, "ada", "mon"))
+        assert set(looked_up[6:]) == {others[0]}, "to look a poll up many times at once makes no other forgotten"
+
+
 async def test_bytes_that_are_no_message_are_refused(write_dsn: str) -> None:
     async with command_channel(write_dsn) as channel:
         raw: Any = channel.unary_unary("/tally.command.v1.CommandService/CastVote")
