@@ -28,12 +28,13 @@ from tally.poll.v1.poll_pb2 import VOTING_METHOD_SINGLE_CHOICE, PollOption, Poll
 
 from command_server import ballot_box, ballot_queue, ballots, polls
 from command_server import service as command_service
+from command_server.service import MAX_BATCH_VOTES
 from contracts import freshness
 from contracts.bus import MAX_PAYLOAD_BYTES
 from contracts.voters import VoterKeys
 from runtime.embedded import Stores, free_port
 from runtime.postgres import MIGRATION_LOCK
-from runtime.serving import violations
+from runtime.serving import MAX_REQUEST_BYTES, violations
 from tests.processes import service
 from tests.servers import VOTER_SECRET, command_channel, command_server, refused, sql, vote_rows
 
@@ -301,6 +302,16 @@ async def test_a_bad_vote_never_fails_its_batch_or_stream(server: CommandService
     reasons = [{ErrorReason.Name(r.reason) for r in response.rejections} for response in responses]
     assert reasons == [set(), {"ERROR_REASON_POLL_NOT_FOUND"}, {"ERROR_REASON_POLL_NOT_OPEN"}, set()]
     assert (await read_log(write_dsn, poll_id)).rows == 2
+
+
+@pytest.mark.parametrize("option", ["n" * 190, "\1" * 190, "🗳" * 47])
+async def test_an_answer_is_never_larger_than_what_a_client_takes(server: CommandServiceAsyncStub, option: str) -> None:
+    poll_id = await open_poll(server)
+    invalid = [(f"{n}", option) for n in range(MAX_BATCH_VOTES - 1)]
+    request = batch(poll_id, ("ada", "mon"), *invalid)
+    assert 0.9 < request.ByteSize() / MAX_REQUEST_BYTES < 1
+    [response] = await cast(server, request)
+    assert (response.accepted, len(response.rejections)) == (1, len(invalid))
 
 
 async def test_what_came_before_a_broken_request_is_answered(server: CommandServiceAsyncStub, write_dsn: str) -> None:
