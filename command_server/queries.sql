@@ -92,12 +92,12 @@ LIMIT 100
 INSERT INTO recounts (poll_no) VALUES ($1) ON CONFLICT DO NOTHING RETURNING true
 
 -- next_recount: the recount that has waited longest; none of those polls that are left alone
-SELECT poll_id, poll_no, spec FROM recounts JOIN polls USING (poll_no)
+SELECT poll_id, poll_no, spec, requested_at FROM recounts JOIN polls USING (poll_no)
 WHERE poll_id <> ALL ($1::uuid[])
 ORDER BY requested_at LIMIT 1
 
--- end_recount: a recount has its outcome
-DELETE FROM recounts WHERE poll_no = $1
+-- end_recount: a recount has its outcome, if no other one had it before
+DELETE FROM recounts WHERE poll_no = $1 AND requested_at = $2 RETURNING true
 
 -- recount_votes: a page of the votes between two keys, added up: one row for each different set of choices, and the page's
 -- last key

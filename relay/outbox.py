@@ -29,7 +29,10 @@ _SESSION = {
     "enable_seqscan": "off",
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
-    # A relay that was cut off from the network loses its lock within seconds.
+    # A relay that stands still, or is cut off from the network, loses its lock within seconds. Between two looks into
+    # the outbox is one publish, which takes 11 s at most: two acks, and a second of single events.
+    "idle_session_timeout": "12s",
+    "transaction_timeout": "12s",
     "tcp_keepalives_idle": "5",
     "tcp_keepalives_interval": "1",
     "tcp_keepalives_count": "5",

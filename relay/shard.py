@@ -131,10 +131,10 @@ class Shard:
                 pause = min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
                 continue
             started = time.monotonic()
-            await stream.publish(chunk)
+            stored = await stream.publish(chunk)
             failpoint("relay.after_publish")
-            acknowledged = [event.outbox_id for event in chunk]
+            acknowledged = [event.outbox_id for event in stored]
             pause = _SHORTEST_PAUSE_SECONDS
             _publish_seconds.labels(self._shard).inc(time.monotonic() - started)
-            _published.labels(self._shard).inc(len(chunk))
-            _published_bytes.labels(self._shard).inc(sum(len(event.data) for event in chunk))
+            _published.labels(self._shard).inc(len(stored))
+            _published_bytes.labels(self._shard).inc(sum(len(event.data) for event in stored))

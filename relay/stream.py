@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ log = structlog.get_logger()
 # Each question to NATS has this limit, and none of the library's own: those use asyncio.wait_for, which in Python 3.11
 # can lose a cancellation, and then a session would not end.
 _SECONDS = 5.0
+# How long events go one by one before the relay looks into its outbox again, which shows that it still leads.
+_ONE_BY_ONE_SECONDS = 1.0
 _NO_LIMIT: Any = None
 # How long JetStream remembers message ids: a relay that takes over publishes the last events of the other once more.
 _DUPLICATE_WINDOW_SECONDS = 120.0
@@ -84,18 +87,22 @@ class Stream:
                 raise Damaged(f"the stream was {self._traces} and is {traces}")
             await asyncio.sleep(_WATCH_SECONDS)
 
-    async def publish(self, events: Sequence[OutboxEvent]) -> None:
-        """Returns once all events are stored, in this order. Raises if that is unknown; then a later event of the list
-        is stored only if all before it are."""
+    async def publish(self, events: Sequence[OutboxEvent]) -> Sequence[OutboxEvent]:
+        """Returns the events that are stored, in this order: all, or where they go one by one the first of them. Raises
+        if that is unknown; then a later event of the list is stored only if all before it are."""
         if len(events) > 1:
             try:
                 await self._publish_together(events)
-                return
+                return events
             except APIError as error:
                 # Some of them are in the stream already: they were published before, and no one learned of the ack.
                 log.info("publishing one by one", events=len(events), reason=error.description)
-        for event in events:
+        started = time.monotonic()
+        for stored, event in enumerate(events, 1):
             await self._acknowledged(event, {})
+            if time.monotonic() - started > _ONE_BY_ONE_SECONDS:
+                return events[:stored]
+        return events
 
     async def _publish_together(self, events: Sequence[OutboxEvent]) -> None:
         """One atomic batch: all are stored or none, with one write to the disk and one ack."""

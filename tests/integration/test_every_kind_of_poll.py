@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -17,7 +18,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 from tally.command.v1 import command_service_pb2 as pb
 from tally.command.v1.command_service_pb2_grpc import CommandServiceStub
-from tally.event.v1.event_pb2 import Event
+from tally.event.v1.event_pb2 import Event, Recount
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 from tally.poll.v1.poll_pb2 import (
     ELIGIBILITY_ROLL,
@@ -27,12 +28,12 @@ from tally.poll.v1.poll_pb2 import (
     PollSpec,
 )
 
-from command_server import ballot_box
+from command_server import ballot_box, recount
 from command_server.ballots import option_numbers
 from contracts import freshness
 from contracts.counting import added_votes, count_changes
 from runtime.embedded import free_port
-from tests.processes import service
+from tests.processes import eventually, service
 from tests.servers import VOTER_SECRET, command_server, refused, sql, vote_rows
 
 if TYPE_CHECKING:
@@ -466,6 +467,32 @@ class TestOnTime:
             poll_id = await draft(one, opens_at=after(0.1))
             await until(write_dsn, poll_id, "poll_opened")
 
+    async def test_a_caretaker_that_loses_its_session_begins_anew(
+        self, server: CommandServiceAsyncStub, write_dsn: str
+    ) -> None:
+        await until(write_dsn, await draft(server, opens_at=after(0.1)), "poll_opened")
+        assert await sql(write_dsn, f"SELECT pg_terminate_backend(pid) FROM ({LEADERS})")
+        await until(write_dsn, await draft(server, opens_at=after(0.1)), "poll_opened")
+
+    async def test_a_caretaker_that_stands_still_is_replaced(self, write_dsn: str, tmp_path: Path) -> None:
+        settings = {"command_listen": f"127.0.0.1:{free_port()}", "write_dsn": write_dsn, "voter_secret": VOTER_SECRET}
+
+        async def leads() -> None:
+            assert await sql(write_dsn, LEADERS)
+
+        async with service(tmp_path, "command_server", **settings) as first:
+            await eventually(leads)
+            async with command_server(write_dsn) as second:
+                first.signal(signal.SIGSTOP)
+                try:
+                    await until(write_dsn, await draft(second, opens_at=after(0.1)), "poll_opened")
+                finally:
+                    first.signal(signal.SIGCONT)
+                poll_id = await draft(second, opens_at=after(0.5))
+                assert (await until(write_dsn, poll_id, "poll_opened")).changes.count("poll_opened") == 1
+                last = await draft(second, opens_at=after(1.0))
+            await until(write_dsn, last, "poll_opened")
+
     async def test_a_draft_that_the_rules_of_today_refuse_opens_and_closes(
         self, server: CommandServiceAsyncStub, write_dsn: str
     ) -> None:
@@ -635,6 +662,27 @@ class TestCertification:
             log = await until(write_dsn, poll_id, "poll_certified")
         assert list(log.events[-1].poll_certified.recount.counts) == [700, 500, 50, 50]
         assert not await sql(write_dsn, "SELECT FROM recounts")
+
+    async def test_a_caretaker_that_stood_still_tells_no_second_outcome(
+        self, server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        slow, fold = asyncio.Event(), recount.fold_log
+
+        async def fold_slowly(*arguments: Any) -> Recount:
+            slow.set()
+            await asyncio.sleep(1)
+            return await fold(*arguments)
+
+        monkeypatch.setattr("command_server.caretaker.fold_log", fold_slowly)
+        poll_id = await self.election(server)
+        await close(server, poll_id)
+        await server.CertifyPoll(pb.CertifyPollRequest(poll_id=poll_id))
+        await slow.wait()
+        # As if another one had ended it, without agreement, and had been asked anew.
+        await sql(write_dsn, "UPDATE recounts SET requested_at = now()")
+        await asyncio.sleep(1.5)
+        assert "poll_certified" not in (await read(write_dsn, poll_id)).changes
+        assert (await until(write_dsn, poll_id, "poll_certified")).changes.count("poll_certified") == 1
 
     async def test_votes_elsewhere_go_on_during_a_recount(
         self, server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch

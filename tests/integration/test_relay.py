@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
@@ -27,6 +28,7 @@ from relay import outbox, shard
 from relay.__main__ import RelaySettings
 from relay.__main__ import relay as run_relay
 from relay.repair import Repair
+from relay.stream import Stream
 from runtime.embedded import Stores
 from runtime.postgres import connect_pool
 from tests.event_log import EventLog, WrittenPoll, event_log
@@ -85,11 +87,11 @@ async def published(bus: Client) -> Published:
     return Published(messages)
 
 
-async def drained(log: EventLog) -> None:
+async def drained(log: EventLog, seconds: float = 15.0) -> None:
     async def empty() -> None:
         assert await log.waiting() == 0
 
-    await eventually(empty)
+    await eventually(empty, seconds)
 
 
 async def test_every_event_is_published_whole_and_in_order(
@@ -203,6 +205,45 @@ async def test_one_relays_and_another_takes_over(
         await drained(log)
         assert time.monotonic() - killed < 3
         assert any('"leading"' in line for line in second.new_lines())
+    assert (await published(bus)).versions(poll) == list(range(1, poll.version + 1))
+
+
+async def test_a_relay_that_stands_still_is_replaced(
+    log: EventLog, write_dsn: str, nats_url: str, bus: Client, tmp_path: Path
+) -> None:
+    poll = await log.poll()
+    async with service(tmp_path, "relay", write_dsn=write_dsn, nats_url=nats_url) as first:
+        await drained(log)
+        async with relaying(write_dsn, nats_url):
+            first.signal(signal.SIGSTOP)
+            try:
+                await log.cast(poll)
+                await drained(log, seconds=20)
+            finally:
+                first.signal(signal.SIGCONT)
+            await log.cast(poll)
+            await drained(log)
+        await log.cast(poll)
+        await drained(log)
+    assert (await published(bus)).versions(poll) == list(range(1, poll.version + 1))
+
+
+async def test_events_that_go_one_by_one_keep_no_relay_from_its_outbox_for_long(
+    log: EventLog, write_dsn: str, nats_url: str, bus: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.stream._ONE_BY_ONE_SECONDS", 0.0)
+    poll = await log.poll()
+    for _ in range(3):
+        await log.cast(poll)
+    stream = Stream(bus, 0)
+    await stream.ensure()
+    async with outbox.connect(write_dsn, 0, 1) as events:
+        chunk = await events.next([])
+    assert await stream.publish(chunk[:2]) == chunk[:2]
+    # The first two are in the stream already, so no batch can have them.
+    assert await stream.publish(chunk) == chunk[:1]
+    async with relaying(write_dsn, nats_url):
+        await drained(log)
     assert (await published(bus)).versions(poll) == list(range(1, poll.version + 1))
 
 
