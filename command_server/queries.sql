@@ -80,13 +80,15 @@ RETURNING weight
 -- lead: whether this session is the one that takes care of all polls; it stays so until it ends
 SELECT pg_try_advisory_lock($1)
 
--- due_polls: drafts whose opens_at, and open polls whose closes_at has passed; not those that are left alone
-SELECT poll_id FROM polls
+-- due_polls: drafts whose opens_at, and open polls whose closes_at has passed; the most overdue first, and none of those
+-- that are left alone
+SELECT poll_id, opens_at AS due_at FROM polls
 WHERE state = 'DRAFT' AND opens_at <= clock_timestamp() AND (closes_at IS NULL OR closes_at > clock_timestamp())
     AND poll_id <> ALL ($1::uuid[])
 UNION ALL
-SELECT poll_id FROM polls WHERE state = 'OPEN' AND closes_at <= clock_timestamp() AND poll_id <> ALL ($1::uuid[])
-LIMIT 100
+SELECT poll_id, closes_at FROM polls
+WHERE state = 'OPEN' AND closes_at <= clock_timestamp() AND poll_id <> ALL ($1::uuid[])
+ORDER BY due_at LIMIT 100
 
 -- request_recount: leaves the recount of a poll to whoever does recounts; one at a time for each poll
 INSERT INTO recounts (poll_no) VALUES ($1) ON CONFLICT DO NOTHING RETURNING true

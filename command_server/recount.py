@@ -16,9 +16,12 @@ from runtime.postgres import queries
 log = structlog.get_logger()
 sql = queries(__package__)
 
-# Read by pages, so that no statement is long and memory does not depend on the size of the poll.
+# Read by pages, so that no statement is long and memory does not depend on the size of the poll; and small ones, since
+# votes of other polls wait while a page is added up. Votes that are alike come as one row, with its marks once.
 _VOTES_OF_A_PAGE = 200_000
-_BYTES_OF_A_PAGE = 4 << 20
+_MARKS_OF_A_PAGE = 20_000
+_EVENTS_OF_A_PAGE = 2_000
+_BYTES_OF_A_PAGE = 1 << 20
 
 
 async def recount_votes(pool: "asyncpg.Pool[Any]", poll_no: int, options: int) -> Recount:
@@ -26,9 +29,10 @@ async def recount_votes(pool: "asyncpg.Pool[Any]", poll_no: int, options: int) -
 
     A vote that cannot be read is counted as one without a mark. No event tells of such a vote, so the log cannot agree.
     """
-    counts, total = Counter[int](), 0
+    counts, total, limit = Counter[int](), 0, 1
     first, last = key_range(poll_no)
-    while page := await pool.fetch(sql.recount_votes, first, last, _VOTES_OF_A_PAGE):
+    while page := await pool.fetch(sql.recount_votes, first, last, limit):
+        marks = 0
         for row in page:
             total += row["votes"]
             try:
@@ -36,9 +40,12 @@ async def recount_votes(pool: "asyncpg.Pool[Any]", poll_no: int, options: int) -
             except struct.error:
                 log.error("votes cannot be read", poll_no=poll_no, choices=row["choices"].hex(), votes=row["votes"])
                 continue
+            weight = int(row["weight"])
             for number in numbers:
-                counts[number] += int(row["weight"])
+                counts[number] += weight
+            marks += len(numbers)
         first = page[0]["last_key"]
+        limit = _next_limit(limit, marks / _MARKS_OF_A_PAGE, _VOTES_OF_A_PAGE)
     return Recount(counts=[counts[number] for number in range(options)], total_votes=total)
 
 
@@ -55,7 +62,11 @@ async def fold_log(pool: "asyncpg.Pool[Any]", poll_no: int, options: int) -> Rec
             total += added_votes(cast)
             counts.update(count_changes(cast))
         version = page[-1]["version"]
-        # The next page has about as many bytes as one may have, if its events are like these.
-        size = sum(len(row["payload"]) for row in page) / len(page)
-        limit = max(1, min(int(_BYTES_OF_A_PAGE / max(size, 1)), 10 * limit))
+        size = sum(len(row["payload"]) for row in page)
+        limit = _next_limit(limit, size / _BYTES_OF_A_PAGE, _EVENTS_OF_A_PAGE)
     return Recount(counts=[counts[number] for number in range(options)], total_votes=total)
+
+
+def _next_limit(limit: int, share: float, most: int) -> int:
+    """How many rows the next page has. If they are like those before, which were this share of a page, it is whole."""
+    return max(1, min(int(limit / max(share, 0.1)), most))

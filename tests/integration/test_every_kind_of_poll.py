@@ -9,9 +9,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from itertools import product
 from pathlib import Path
+from string import hexdigits
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
+import asyncpg
 import grpc
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -33,6 +35,7 @@ from command_server.ballots import option_numbers
 from contracts import freshness
 from contracts.counting import added_votes, count_changes
 from runtime.embedded import free_port
+from runtime.postgres import connect_pool, queries
 from tests.processes import eventually, service
 from tests.servers import VOTER_SECRET, command_server, refused, sql, vote_rows
 
@@ -504,6 +507,15 @@ class TestOnTime:
         update = pb.UpdatePollRequest(poll_id=await draft(server), poll=PollSpec(title="x" * 300))
         assert (await refused(server.UpdatePoll(update))).fields == ["poll.title"]
 
+    async def test_the_most_overdue_poll_is_the_first(self, write_dsn: str) -> None:
+        async with command_server(write_dsn) as server:
+            polls = [UUID(await draft(server)) for _ in range(4)]
+        overdue = "now() - poll_no * interval '1 second'"
+        await sql(write_dsn, f"UPDATE polls SET opens_at = {overdue} WHERE poll_no % 2 = 0")
+        await sql(write_dsn, f"UPDATE polls SET state = 'OPEN', closes_at = {overdue} WHERE poll_no % 2 = 1")
+        due = await sql(write_dsn, queries("command_server").due_polls, [polls[0]])
+        assert [row["poll_id"] for row in due] == polls[:0:-1]
+
     async def test_a_poll_that_is_damaged_keeps_no_other_one(
         self, server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -554,6 +566,19 @@ async def hold_the_caretaker(dsn: str) -> None:
     await sql(dsn, "ALTER TABLE recounts RENAME TO away")
     await sql(dsn, "DROP INDEX polls_to_close")
     await sql(dsn, "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+
+
+class Pages:
+    """A pool that keeps what it fetched."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self.terminate = pool.terminate
+        self.pages: list[list[asyncpg.Record]] = []
+        self._pool = pool
+
+    async def fetch(self, *arguments: Any) -> list[asyncpg.Record]:
+        self.pages.append(await self._pool.fetch(*arguments))
+        return self.pages[-1]
 
 
 class TestCertification:
@@ -640,6 +665,27 @@ class TestCertification:
         await server.CertifyPoll(pb.CertifyPollRequest(poll_id=poll_id))
         recount = (await until(write_dsn, poll_id, "poll_certified")).events[-1].poll_certified.recount
         assert list(recount.counts) == [700, 500, 50, 50]
+
+    async def test_a_page_of_a_recount_keeps_nobody_waiting_for_long(
+        self, server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("command_server.recount._MARKS_OF_A_PAGE", 60)
+        monkeypatch.setattr("command_server.recount._EVENTS_OF_A_PAGE", 3)
+        poll_id = await open_poll(
+            server, method=VOTING_METHOD_APPROVAL, options=[PollOption(option_id=o, label=o) for o in hexdigits[:16]]
+        )
+        await cast(server, poll_id, *((f"voter-{n}", "".join({*f"{n:x}"})) for n in range(0, 60_000, 97)))
+        for n in range(9):
+            await server.CastVote(vote(poll_id, f"one-{n}", "0"))
+        pool = Pages(await connect_pool(write_dsn, size=1, application="test"))
+        try:
+            counted = await recount.recount_votes(pool, 1, 16)
+            assert max(sum(len(row["choices"]) for row in page) / 2 for page in pool.pages) < 100
+            pool.pages.clear()
+            assert await recount.fold_log(pool, 1, 16) == counted
+            assert max(map(len, pool.pages)) == 3
+        finally:
+            pool.terminate()
 
     async def test_a_caretaker_that_dies_half_way_is_replaced(self, write_dsn: str, tmp_path: Path) -> None:
         settings = {
