@@ -112,7 +112,8 @@ class CommandService(CommandServiceServicer):
         voter_key = self._voters.voter_key(voter_id)
         recorded = (await self._box.cast(poll, voter_key + mark)).of(0)
         if isinstance(recorded, Refusal):
-            raise recorded
+            # All votes of a commit share it: without this, each of them would lengthen its traceback.
+            raise recorded.with_traceback(None)
         answer = self._answer
         if answer is None or answer.recorded is not recorded:
             # The votes of one commit are answered one after the other.
