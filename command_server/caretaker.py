@@ -1,4 +1,4 @@
-"""The caretaker: opens and closes polls on time, and recounts those that are to be certified.
+"""The caretaker: opens and closes polls on time, recounts those that are to be certified, and forgets old answers.
 
 Of all command servers one is the caretaker: the one whose session holds an advisory lock. What it does is decided under
 each poll's own lock like any command, so two of them, for a moment, would do nothing twice.
@@ -45,6 +45,10 @@ _LOOK_SECONDS = 0.2
 _STEP_SECONDS = 8.0
 # How long a poll that could not be taken care of is left alone, while the others go on.
 _SKIP_SECONDS = 10.0
+# How many answers are forgotten at once, and how often. There is no index of their age: each command would pay for it,
+# and a scan each hour costs less.
+_FORGOTTEN_AT_ONCE = 10_000
+_FORGET_SECONDS = 3600.0
 # A process that stands still, or whose host is gone, leads no longer than this. Any other asks five times a second, and
 # no step takes as long as a transaction may; for Postgres one begins already when a statement is prepared.
 _SESSION = {"application_name": "caretaker", "idle_session_timeout": "5s", "transaction_timeout": "10s"}
@@ -93,6 +97,7 @@ class Caretaker:
             _late.set(0)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._recount())
+                tasks.create_task(self._forget())
                 # Not a task as well: in Python 3.11 a group that only waits when one of its tasks fails leaves the mark
                 # of a cancellation behind, and the next pause would end the caretaker for good.
                 await self._keep_time(connection)
@@ -146,6 +151,16 @@ class Caretaker:
         else:
             _mismatches.labels(str(poll_id)).set(1)
             log.error("the votes and the event log differ", poll_id=str(poll_id), votes=str(recount), log=str(folded))
+
+    async def _forget(self) -> None:
+        while True:
+            forgotten = 0
+            try:
+                forgotten = await self._pool.fetchval(sql.forget_requests, _FORGOTTEN_AT_ONCE)
+            except (*UNAVAILABLE, asyncpg.PostgresError) as error:
+                # Nobody waits for it, and no poll shall.
+                log.warning("old answers were not forgotten", error=repr(error))
+            await asyncio.sleep(_LOOK_SECONDS if forgotten == _FORGOTTEN_AT_ONCE else _FORGET_SECONDS)
 
     @contextmanager
     def _skipping(self, poll_id: UUID) -> Iterator[None]:

@@ -7,6 +7,15 @@ SELECT fingerprint, response FROM command_requests WHERE request_id = $1
 -- remember_request: keeps the answer to a request_id; the primary key refuses a second one
 INSERT INTO command_requests (request_id, fingerprint, response) VALUES ($1, $2, $3)
 
+-- forget_requests: removes some of the answers that no repeat may come for any more; how many these were
+WITH forgotten AS (
+    DELETE FROM command_requests WHERE request_id = ANY (ARRAY(
+        SELECT request_id FROM command_requests WHERE recorded_at < now() - interval '7 days' LIMIT $1
+    ))
+    RETURNING true
+)
+SELECT count(*) FROM forgotten
+
 -- insert_poll: a new poll with its first event
 WITH poll AS (
     INSERT INTO polls (poll_id, state, version, spec, opens_at, closes_at, created_at, recorded_at)

@@ -507,6 +507,23 @@ class TestOnTime:
         update = pb.UpdatePollRequest(poll_id=await draft(server), poll=PollSpec(title="x" * 300))
         assert (await refused(server.UpdatePoll(update))).fields == ["poll.title"]
 
+    async def test_answers_are_forgotten_after_seven_days(
+        self, write_dsn: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("command_server.caretaker._FORGOTTEN_AT_ONCE", 2)
+        await sql(
+            write_dsn,
+            "INSERT INTO command_requests SELECT gen_random_uuid(), '', '', now() - hours * interval '1 hour'"
+            " FROM unnest($1::integer[]) AS hours",
+            [0, 167, 169, 200, 300, 400, 500],
+        )
+
+        async def only_young_ones_are_left() -> None:
+            assert len(await sql(write_dsn, "SELECT FROM command_requests")) == 2
+
+        async with command_server(write_dsn):
+            await eventually(only_young_ones_are_left)
+
     async def test_the_most_overdue_poll_is_the_first(self, write_dsn: str) -> None:
         async with command_server(write_dsn) as server:
             polls = [UUID(await draft(server)) for _ in range(4)]

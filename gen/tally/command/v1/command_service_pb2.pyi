@@ -31,8 +31,8 @@ class CreatePollRequest(message.Message):
     POLL_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """request_id makes the command idempotent: a UUID of the caller's choice. A repeat returns the first answer; the same
-    id with another body is INVALID_REQUEST. A command that was refused changed nothing and is not remembered: its repeat
-    is judged anew. Empty: every call creates another poll.
+    id with another body is INVALID_REQUEST. Answers are kept for seven days. A command that was refused changed nothing
+    and is not remembered: its repeat is judged anew. Empty: every call creates another poll.
     """
     @builtins.property
     def poll(self) -> poll_pb2.PollSpec:
