@@ -6,6 +6,7 @@ import asyncio
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import product
 from pathlib import Path
@@ -30,7 +31,7 @@ from tally.poll.v1.poll_pb2 import (
     PollSpec,
 )
 
-from command_server import ballot_box, recount
+from command_server import ballot_box, caretaker, recount
 from command_server.ballots import option_numbers
 from contracts import freshness
 from contracts.counting import added_votes, count_changes
@@ -440,23 +441,23 @@ class TestOnTime:
         self, server: CommandServiceAsyncStub, write_dsn: str
     ) -> None:
         """The caretaker is kept from its work; the database's clock refuses the votes by itself."""
-        await hold_the_caretaker(write_dsn)
-        poll_id = await open_poll(server, closes_at=after(1.0))
-        accepted = 0
-        async with asyncio.timeout(10):
-            while True:
-                try:
-                    await server.CastVote(vote(poll_id, f"voter-{accepted}", "a"))
-                except grpc.aio.AioRpcError as error:
-                    assert "takes no votes" in str(error.details())  # noqa: PT017
-                    break
-                accepted += 1
-        assert (await cast(server, poll_id, *((f"late-{n}", "a") for n in range(500)))).accepted == 0
-        assert (await read(write_dsn, poll_id)).voters == accepted > 0
-        late = await sql(
-            write_dsn, "SELECT FROM events JOIN polls USING (poll_no) WHERE events.recorded_at >= polls.closes_at"
-        )
-        assert not late
+        async with no_caretaker(write_dsn):
+            poll_id = await open_poll(server, closes_at=after(1.0))
+            accepted = 0
+            async with asyncio.timeout(10):
+                while True:
+                    try:
+                        await server.CastVote(vote(poll_id, f"voter-{accepted}", "a"))
+                    except grpc.aio.AioRpcError as error:
+                        assert "takes no votes" in str(error.details())  # noqa: PT017
+                        break
+                    accepted += 1
+            assert (await cast(server, poll_id, *((f"late-{n}", "a") for n in range(500)))).accepted == 0
+            assert (await read(write_dsn, poll_id)).voters == accepted > 0
+            late = await sql(
+                write_dsn, "SELECT FROM events JOIN polls USING (poll_no) WHERE events.recorded_at >= polls.closes_at"
+            )
+            assert not late
 
     async def test_one_caretaker_among_several_and_another_takes_over(self, write_dsn: str) -> None:
         async with command_server(write_dsn) as one:
@@ -578,11 +579,20 @@ LEADERS = """
 """
 
 
-async def hold_the_caretaker(dsn: str) -> None:
-    """Takes the caretaker's means away: what it asks for fails."""
-    await sql(dsn, "ALTER TABLE recounts RENAME TO away")
-    await sql(dsn, "DROP INDEX polls_to_close")
-    await sql(dsn, "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+@asynccontextmanager
+async def no_caretaker(dsn: str) -> AsyncIterator[None]:
+    """Leads in the caretaker's place, and does nothing."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        leading = asyncio.create_task(connection.execute("SELECT pg_advisory_lock($1)", caretaker._LOCK))
+        while not leading.done():
+            others = f"SELECT pg_terminate_backend(pid) FROM ({LEADERS}) WHERE pid <> $1"
+            await sql(dsn, others, connection.get_server_pid())
+            await asyncio.sleep(0.02)
+        await leading
+        yield
+    finally:
+        connection.terminate()
 
 
 class Pages:
