@@ -1377,6 +1377,26 @@ async def test_counts_that_were_corrected_are_shown_again(read_dsn: str, redis_u
         assert (await anext(changes)).version == 3
 
 
+async def test_connections_that_were_made_together_are_not_replaced_together(
+    read_dsn: str, redis_url: str, models: ReadModels
+) -> None:
+    poll_id = await models.poll()
+    address = f"127.0.0.1:{free_port()}"
+
+    async def age() -> float:
+        async with grpc.aio.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            watch = Watch(QueryServiceStub(channel), poll_id)
+            await watch.next()
+            began = time.monotonic()
+            assert (await watch.refused()).code == grpc.StatusCode.UNAVAILABLE
+            return time.monotonic() - began
+
+    async with query_channel(read_dsn, redis_url, query_listen=address, max_connection_age=2):
+        ages = await asyncio.gather(*(age() for _ in range(20)))
+    # A tenth more or less, by chance.
+    assert max(ages) - min(ages) > 0.1
+
+
 async def test_cancelled_watchers_leave_nothing_behind(server: QueryServiceAsyncStub, models: ReadModels) -> None:
     poll_ids = [await models.poll() for _ in range(10)]
     await until(lambda: is_free(models))
