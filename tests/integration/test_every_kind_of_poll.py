@@ -21,7 +21,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 from tally.command.v1 import command_service_pb2 as pb
 from tally.command.v1.command_service_pb2_grpc import CommandServiceStub
-from tally.event.v1.event_pb2 import Event, Recount
+from tally.event.v1.event_pb2 import CertificationFailed, Event, Recount
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 from tally.poll.v1.poll_pb2 import (
     ELIGIBILITY_ROLL,
@@ -636,6 +636,16 @@ class TestCertification:
         assert (recount.total_votes, log.counts) == (500, Counter(a=700, b=500, c=50, d=50))
         assert (await refused(server.CertifyPoll(pb.CertifyPollRequest(poll_id=poll_id)))).reason == "POLL_NOT_CLOSED"
 
+    async def failure(self, write_dsn: str) -> CertificationFailed:
+        """What the log says of the recount, once that is that it does not agree."""
+        failed = Event()
+        async with asyncio.timeout(15):
+            while not failed.HasField("certification_failed"):
+                [row] = await sql(write_dsn, "SELECT payload FROM events ORDER BY version DESC LIMIT 1")
+                failed = Event.FromString(row["payload"])
+                await asyncio.sleep(0.02)
+        return failed.certification_failed
+
     @pytest.mark.parametrize(
         "damage",
         [
@@ -653,14 +663,9 @@ class TestCertification:
         await close(server, poll_id)
         await sql(write_dsn, damage)
         await server.CertifyPoll(pb.CertifyPollRequest(poll_id=poll_id))
-        failed = Event()
-        async with asyncio.timeout(15):
-            while not failed.HasField("certification_failed"):
-                [row] = await sql(write_dsn, "SELECT payload FROM events ORDER BY version DESC LIMIT 1")
-                failed = Event.FromString(row["payload"])
-                await asyncio.sleep(0.02)
-        assert failed.certification_failed.recount != failed.certification_failed.log
-        assert list(failed.certification_failed.log.counts) == [700, 500, 50, 50]
+        failed = await self.failure(write_dsn)
+        assert failed.recount != failed.log
+        assert list(failed.log.counts) == [700, 500, 50, 50]
         [poll] = await sql(write_dsn, "SELECT state FROM polls")
         assert poll["state"] == "CLOSED"
         # It can be asked for again, once somebody has repaired the votes.
@@ -674,14 +679,9 @@ class TestCertification:
         await close(server, poll_id)
         await sql(write_dsn, "UPDATE events SET payload = '\\xffff' WHERE version = $1", version)
         await server.CertifyPoll(pb.CertifyPollRequest(poll_id=poll_id))
-        failed = Event()
-        async with asyncio.timeout(15):
-            while not failed.HasField("certification_failed"):
-                [row] = await sql(write_dsn, "SELECT payload FROM events ORDER BY version DESC LIMIT 1")
-                failed = Event.FromString(row["payload"])
-                await asyncio.sleep(0.02)
-        assert failed.certification_failed.recount.total_votes == 500
-        assert not failed.certification_failed.log.counts
+        failed = await self.failure(write_dsn)
+        assert failed.recount.total_votes == 500
+        assert not failed.log.counts
 
     async def test_recounting_reads_in_pages(
         self, server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
@@ -739,22 +739,26 @@ class TestCertification:
     async def test_a_caretaker_that_stood_still_tells_no_second_outcome(
         self, server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        slow, fold = asyncio.Event(), recount.fold_log
+        fold, begun, go_on = recount.fold_log, asyncio.Queue[None](), asyncio.Semaphore(0)
 
-        async def fold_slowly(*arguments: Any) -> Recount:
-            slow.set()
-            await asyncio.sleep(1)
+        async def fold_when_told(*arguments: Any) -> Recount:
+            begun.put_nowait(None)
+            await go_on.acquire()
             return await fold(*arguments)
 
-        monkeypatch.setattr("command_server.caretaker.fold_log", fold_slowly)
+        monkeypatch.setattr("command_server.caretaker.fold_log", fold_when_told)
         poll_id = await self.election(server)
         await close(server, poll_id)
         await server.CertifyPoll(pb.CertifyPollRequest(poll_id=poll_id))
-        await slow.wait()
-        # As if another one had ended it, without agreement, and had been asked anew.
-        await sql(write_dsn, "UPDATE recounts SET requested_at = now()")
-        await asyncio.sleep(1.5)
+        async with asyncio.timeout(15):
+            await begun.get()
+            # As if another one had ended it, without agreement, and had been asked anew.
+            await sql(write_dsn, "UPDATE recounts SET requested_at = now()")
+            go_on.release()
+            # The next recount begins when this one has ended.
+            await begun.get()
         assert "poll_certified" not in (await read(write_dsn, poll_id)).changes
+        go_on.release()
         assert (await until(write_dsn, poll_id, "poll_certified")).changes.count("poll_certified") == 1
 
     async def test_votes_elsewhere_go_on_during_a_recount(

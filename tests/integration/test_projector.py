@@ -440,6 +440,12 @@ async def test_a_wiped_redis_is_filled_again(all_: Everything) -> None:
     async def is_filled() -> bool:
         return not await all_.redis.exists(filling_key(FIRST_GENERATION))
 
+    def requests() -> float:
+        return REGISTRY.get_sample_value("tally_projector_republish_requests_total", {"read_model": "live"}) or 0
+
+    async def has_asked(times: float) -> bool:
+        return requests() >= times
+
     async def has_a_gap() -> bool:
         return REGISTRY.get_sample_value("tally_projector_open_gaps", {"read_model": "live"}) == 1
 
@@ -466,7 +472,8 @@ async def test_a_wiped_redis_is_filled_again(all_: Everything) -> None:
     async with running(all_.live):
         # What is missing is not there yet: this copy is nobody's.
         await eventually(has_a_gap)
-        await asyncio.sleep(0.5)
+        asked = requests()
+        await eventually(lambda: has_asked(asked + 1))
         assert not await is_filled()
         async with running(all_.relay):
             await all_.live_counted(idle, busy)
