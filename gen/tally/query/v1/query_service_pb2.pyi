@@ -61,6 +61,12 @@ class _ReadModelStateEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ReadMod
     """READ_MODEL_STATE_SILENT: its projector has said nothing for more than 5 s, or never; it may be dead."""
     READ_MODEL_STATE_UNAVAILABLE: _ReadModelState.ValueType  # 4
     """READ_MODEL_STATE_UNAVAILABLE: the store of the read model does not answer."""
+    READ_MODEL_STATE_FILLING: _ReadModelState.ValueType  # 5
+    """READ_MODEL_STATE_FILLING: it began from nothing and lacks part of what there was then; it is not read until it has it."""
+    READ_MODEL_STATE_REBUILDING: _ReadModelState.ValueType  # 6
+    """READ_MODEL_STATE_REBUILDING: it is being made anew, for example because its log_epoch is not the newest one; the copy
+    before serves meanwhile.
+    """
 
 class ReadModelState(_ReadModelState, metaclass=_ReadModelStateEnumTypeWrapper):
     """ReadModelState is what becomes of new events in a read model."""
@@ -75,6 +81,12 @@ READ_MODEL_STATE_SILENT: ReadModelState.ValueType  # 3
 """READ_MODEL_STATE_SILENT: its projector has said nothing for more than 5 s, or never; it may be dead."""
 READ_MODEL_STATE_UNAVAILABLE: ReadModelState.ValueType  # 4
 """READ_MODEL_STATE_UNAVAILABLE: the store of the read model does not answer."""
+READ_MODEL_STATE_FILLING: ReadModelState.ValueType  # 5
+"""READ_MODEL_STATE_FILLING: it began from nothing and lacks part of what there was then; it is not read until it has it."""
+READ_MODEL_STATE_REBUILDING: ReadModelState.ValueType  # 6
+"""READ_MODEL_STATE_REBUILDING: it is being made anew, for example because its log_epoch is not the newest one; the copy
+before serves meanwhile.
+"""
 
 @typing.final
 class GetPollRequest(message.Message):
@@ -641,6 +653,11 @@ class GetReadModelStatusResponse(message.Message):
     OUTBOX_FIELD_NUMBER: builtins.int
     STREAM_FIELD_NUMBER: builtins.int
     ANSWERED_AT_FIELD_NUMBER: builtins.int
+    LOG_EPOCH_FIELD_NUMBER: builtins.int
+    log_epoch: builtins.str
+    """log_epoch is the newest history of the event log that any of the reports knows of, a UUID; empty: the log is older
+    than epochs. A read model with another log_epoch still has to be rebuilt, and what it answers is of an earlier history.
+    """
     @builtins.property
     def read_models(self) -> containers.RepeatedCompositeFieldContainer[ReadModelStatus]:
         """read_models has one entry for each read model: live, the counters in Redis, then those in the read database."""
@@ -655,7 +672,7 @@ class GetReadModelStatusResponse(message.Message):
 
     @builtins.property
     def answered_at(self) -> timestamp_pb2.Timestamp:
-        """answered_at is the query server's clock: how old each report is."""
+        """answered_at is the query server's clock, by which every reported_at in this answer is told: how old each report is."""
 
     def __init__(
         self,
@@ -664,10 +681,11 @@ class GetReadModelStatusResponse(message.Message):
         outbox: abc.Iterable[OutboxStatus] | None = ...,
         stream: StreamStatus | None = ...,
         answered_at: timestamp_pb2.Timestamp | None = ...,
+        log_epoch: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["answered_at", b"answered_at", "stream", b"stream"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["answered_at", b"answered_at", "outbox", b"outbox", "read_models", b"read_models", "stream", b"stream"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["answered_at", b"answered_at", "log_epoch", b"log_epoch", "outbox", b"outbox", "read_models", b"read_models", "stream", b"stream"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -687,6 +705,7 @@ class ReadModelStatus(message.Message):
     LAST_ERROR_FIELD_NUMBER: builtins.int
     LAST_ERROR_AT_FIELD_NUMBER: builtins.int
     REPORTED_AT_FIELD_NUMBER: builtins.int
+    LOG_EPOCH_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name is live, views, or what another read model is called."""
     state: ReadModelState.ValueType
@@ -707,13 +726,15 @@ class ReadModelStatus(message.Message):
     """gapped_polls are polls that wait for a missing event, which was asked for; absent: unknown."""
     last_error: builtins.str
     """last_error is what interrupted the projector last; empty where nothing has since it was started."""
+    log_epoch: builtins.str
+    """log_epoch names the history of the event log that the copy in use is of, a UUID; empty: the log is older than epochs."""
     @builtins.property
     def last_error_at(self) -> timestamp_pb2.Timestamp:
         """last_error_at is when it did, by the projector's clock; absent without a last_error."""
 
     @builtins.property
     def reported_at(self) -> timestamp_pb2.Timestamp:
-        """reported_at is when the projector said all this, by its clock; it does so each second. Absent: never."""
+        """reported_at is when the projector said all this; it does so each second. Absent: never."""
 
     def __init__(
         self,
@@ -728,10 +749,11 @@ class ReadModelStatus(message.Message):
         last_error: builtins.str = ...,
         last_error_at: timestamp_pb2.Timestamp | None = ...,
         reported_at: timestamp_pb2.Timestamp | None = ...,
+        log_epoch: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_events_behind", b"_events_behind", "_gapped_polls", b"_gapped_polls", "_parked_polls", b"_parked_polls", "_seconds_behind", b"_seconds_behind", "_version", b"_version", "events_behind", b"events_behind", "gapped_polls", b"gapped_polls", "last_error_at", b"last_error_at", "parked_polls", b"parked_polls", "reported_at", b"reported_at", "seconds_behind", b"seconds_behind", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_events_behind", b"_events_behind", "_gapped_polls", b"_gapped_polls", "_parked_polls", b"_parked_polls", "_seconds_behind", b"_seconds_behind", "_version", b"_version", "events_behind", b"events_behind", "gapped_polls", b"gapped_polls", "last_error", b"last_error", "last_error_at", b"last_error_at", "name", b"name", "parked_polls", b"parked_polls", "reported_at", b"reported_at", "seconds_behind", b"seconds_behind", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_events_behind", b"_events_behind", "_gapped_polls", b"_gapped_polls", "_parked_polls", b"_parked_polls", "_seconds_behind", b"_seconds_behind", "_version", b"_version", "events_behind", b"events_behind", "gapped_polls", b"gapped_polls", "last_error", b"last_error", "last_error_at", b"last_error_at", "log_epoch", b"log_epoch", "name", b"name", "parked_polls", b"parked_polls", "reported_at", b"reported_at", "seconds_behind", b"seconds_behind", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__events_behind: _TypeAlias = typing.Literal["events_behind"]  # noqa: Y015
     _WhichOneofArgType__events_behind: _TypeAlias = typing.Literal["_events_behind", b"_events_behind"]  # noqa: Y015
@@ -765,6 +787,7 @@ class OutboxStatus(message.Message):
     EVENTS_FIELD_NUMBER: builtins.int
     OLDEST_SECONDS_FIELD_NUMBER: builtins.int
     REPORTED_AT_FIELD_NUMBER: builtins.int
+    LOG_EPOCH_FIELD_NUMBER: builtins.int
     shard: builtins.int
     """shard is the number of the shard, from 0."""
     shards: builtins.int
@@ -773,9 +796,11 @@ class OutboxStatus(message.Message):
     """events is how many events wait to be published."""
     oldest_seconds: builtins.float
     """oldest_seconds is how long the first of them had waited; absent where none does."""
+    log_epoch: builtins.str
+    """log_epoch names the history of the event log, a UUID; empty: the log is older than epochs."""
     @builtins.property
     def reported_at(self) -> timestamp_pb2.Timestamp:
-        """reported_at is when the relay said so, by its clock; it does so each second, while it reaches NATS."""
+        """reported_at is when the relay said so; it does so each second, while it reaches NATS."""
 
     def __init__(
         self,
@@ -785,10 +810,11 @@ class OutboxStatus(message.Message):
         events: builtins.int = ...,
         oldest_seconds: builtins.float | None = ...,
         reported_at: timestamp_pb2.Timestamp | None = ...,
+        log_epoch: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_oldest_seconds", b"_oldest_seconds", "oldest_seconds", b"oldest_seconds", "reported_at", b"reported_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_oldest_seconds", b"_oldest_seconds", "events", b"events", "oldest_seconds", b"oldest_seconds", "reported_at", b"reported_at", "shard", b"shard", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_oldest_seconds", b"_oldest_seconds", "events", b"events", "log_epoch", b"log_epoch", "oldest_seconds", b"oldest_seconds", "reported_at", b"reported_at", "shard", b"shard", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__oldest_seconds: _TypeAlias = typing.Literal["oldest_seconds"]  # noqa: Y015
     _WhichOneofArgType__oldest_seconds: _TypeAlias = typing.Literal["_oldest_seconds", b"_oldest_seconds"]  # noqa: Y015
@@ -807,6 +833,7 @@ class StreamStatus(message.Message):
     BYTES_FIELD_NUMBER: builtins.int
     CONSUMERS_FIELD_NUMBER: builtins.int
     REPORTED_AT_FIELD_NUMBER: builtins.int
+    LOG_EPOCH_FIELD_NUMBER: builtins.int
     first_sequence: builtins.int
     """first_sequence is the first message that it still has."""
     last_sequence: builtins.int
@@ -817,13 +844,17 @@ class StreamStatus(message.Message):
     """bytes is their size on the disk."""
     consumers: builtins.int
     """consumers is how many read it now."""
+    log_epoch: builtins.str
+    """log_epoch names the history of the event log whose events are published there now, a UUID; empty: the log is older
+    than epochs.
+    """
     @builtins.property
     def created_at(self) -> timestamp_pb2.Timestamp:
         """created_at is when the stream was made; a stream that was made anew counts its messages from 1 again."""
 
     @builtins.property
     def reported_at(self) -> timestamp_pb2.Timestamp:
-        """reported_at is when the projector looked, by its clock; it does so each second."""
+        """reported_at is when the projector looked; it does so each second."""
 
     def __init__(
         self,
@@ -835,10 +866,11 @@ class StreamStatus(message.Message):
         bytes: builtins.int = ...,
         consumers: builtins.int = ...,
         reported_at: timestamp_pb2.Timestamp | None = ...,
+        log_epoch: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["created_at", b"created_at", "reported_at", b"reported_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["bytes", b"bytes", "consumers", b"consumers", "created_at", b"created_at", "first_sequence", b"first_sequence", "last_sequence", b"last_sequence", "messages", b"messages", "reported_at", b"reported_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["bytes", b"bytes", "consumers", b"consumers", "created_at", b"created_at", "first_sequence", b"first_sequence", "last_sequence", b"last_sequence", "log_epoch", b"log_epoch", "messages", b"messages", "reported_at", b"reported_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
