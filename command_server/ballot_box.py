@@ -424,7 +424,7 @@ def _recorded(row: asyncpg.Record, *, already: bool = False) -> Recorded:
     since = row["recorded_at"] - _EPOCH
     # Timestamp.FromDatetime takes ten times as long, for each commit.
     moment = Timestamp(seconds=86_400 * since.days + since.seconds, nanos=1000 * since.microseconds)
-    return Recorded(row["version"], moment, already)
+    return Recorded(row["version"], moment, already, row["log_epoch"])
 
 
 def _columns(poll: Poll, batch: list[bytes]) -> tuple[list[UUID], list[bytes]]:

@@ -14,12 +14,14 @@ from collections import defaultdict, deque
 from collections.abc import Mapping
 from itertools import chain, islice
 from typing import NamedTuple
+from uuid import UUID
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from command_server.ballots import by_range, range_of, size, voter
 from command_server.poll import most_choices
 from command_server.polls import Poll
+from contracts.log_epoch import ZERO
 from contracts.refusals import Refusal
 
 # The most ballots of one commit, and their most bytes: its event must fit a message of the bus.
@@ -38,6 +40,13 @@ class Recorded(NamedTuple):
     version: int
     recorded_at: Timestamp
     already: bool
+    # The history of the log in which the version counts.
+    log_epoch: UUID = ZERO
+
+    @property
+    def position(self) -> tuple[UUID, int]:
+        """Grows from event to event of one poll."""
+        return self.log_epoch, self.version
 
 
 Verdict = Recorded | Refusal
@@ -92,7 +101,7 @@ class Submission:
             self.verdicts.set_result(verdicts)
             return
         recorded, others = verdicts
-        if recorded and (self._recorded is None or self._recorded.version < recorded.version):
+        if recorded and (self._recorded is None or self._recorded.position < recorded.position):
             self._recorded = recorded
         if others:
             places = piece.part if isinstance(piece.part, list) else self._places_of(piece.part)

@@ -57,8 +57,8 @@ class PollLog:
 
         async def insert(connection: asyncpg.Connection) -> CreatePollResponse:
             poll_id = uuid4()
-            await connection.execute(sql.insert_poll, poll_id, *_columns(create_poll(spec)))
-            return CreatePollResponse(poll_id=str(poll_id), consistency_token=token(poll_id, 1))
+            log_epoch = await connection.fetchval(sql.insert_poll, poll_id, *_columns(create_poll(spec)))
+            return CreatePollResponse(poll_id=str(poll_id), consistency_token=token(poll_id, 1, log_epoch))
 
         return await self._once(request, CreatePollResponse, insert)
 
@@ -70,7 +70,7 @@ class PollLog:
         async def command(connection: asyncpg.Connection) -> ResponseT:
             locked = await lock(connection, poll_id)
             version = await append(connection, locked, decide(locked.poll))
-            return response_type(consistency_token=token(poll_id, version))
+            return response_type(consistency_token=token(poll_id, version, locked.log_epoch))
 
         return await self._once(request, response_type, command)
 
@@ -82,7 +82,7 @@ class PollLog:
             change = request_certification(locked.poll)
             begun = await connection.fetchval(sql.request_recount, locked.poll_no)
             version = await append(connection, locked, change) if begun else locked.version
-            return CertifyPollResponse(consistency_token=token(poll_id, version))
+            return CertifyPollResponse(consistency_token=token(poll_id, version, locked.log_epoch))
 
         return await self._once(request, CertifyPollResponse, command)
 
@@ -119,6 +119,7 @@ class Locked(NamedTuple):
 
     poll_no: int
     version: int
+    log_epoch: UUID
     poll: Poll
 
 
@@ -129,7 +130,8 @@ async def lock(connection: asyncpg.Connection, poll_id: UUID) -> Locked:
     if poll_no is None:
         raise poll_not_found(poll_id)
     row = await connection.fetchrow(sql.read_poll, poll_no)
-    return Locked(poll_no, row["version"], Poll(row["state"], PollSpec.FromString(row["spec"]), row["now"]))
+    poll = Poll(row["state"], PollSpec.FromString(row["spec"]), row["now"])
+    return Locked(poll_no, row["version"], row["log_epoch"], poll)
 
 
 async def append(connection: asyncpg.Connection, locked: Locked, change: Change) -> int:

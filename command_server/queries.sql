@@ -16,7 +16,7 @@ WITH forgotten AS (
 )
 SELECT count(*) FROM forgotten
 
--- insert_poll: a new poll with its first event
+-- insert_poll: a new poll with its first event, and the current log epoch
 WITH poll AS (
     INSERT INTO polls (poll_id, state, version, spec, opens_at, closes_at, created_at, recorded_at)
     VALUES ($1, $2, 1, $3, $4, $5, clock_timestamp(), clock_timestamp())
@@ -26,12 +26,14 @@ WITH poll AS (
     SELECT poll_no, version, recorded_at, $6 FROM poll
 )
 INSERT INTO outbox (poll_no, version) SELECT poll_no, version FROM poll
+RETURNING (SELECT log_epoch FROM current_log_epoch)
 
 -- lock_poll: makes every other change of a poll wait until the transaction ends
 SELECT poll_no FROM polls WHERE poll_id = $1 FOR UPDATE
 
 -- read_poll: what a decision needs to know of a locked poll; `now` is its clock, which never falls
-SELECT state, version, spec, greatest(recorded_at, clock_timestamp()) AS now FROM polls WHERE poll_no = $1
+SELECT state, version, spec, greatest(recorded_at, clock_timestamp()) AS now, log_epoch
+FROM polls, current_log_epoch WHERE poll_no = $1
 
 -- change_poll: a locked poll's next event
 WITH poll AS (
@@ -55,10 +57,10 @@ SELECT poll_no, state, spec FROM polls WHERE poll_id = $1
 SELECT state FROM polls WHERE poll_no = $1
 
 -- record_votes: a small batch of new votes with its event, in one round trip
-SELECT version, recorded_at FROM record_votes($1, $2, $3, $4, $5)
+SELECT version, recorded_at, log_epoch FROM record_votes($1, $2, $3, $4, $5)
 
 -- log_votes: the event of a batch whose votes are inserted already
-SELECT version, recorded_at FROM record_votes($1, $2, '{}', '{}', $3)
+SELECT version, recorded_at, log_epoch FROM record_votes($1, $2, '{}', '{}', $3)
 
 -- find_weights: those of these voters that are on the roll
 SELECT ballot_key, weight FROM roll WHERE ballot_key = ANY ($1::uuid[])
@@ -72,13 +74,14 @@ WHERE votes.choices <> excluded.choices
 RETURNING ballot_key, old.choices AS replaced
 
 -- find_votes: what these voters chose, and which event counts it
-SELECT vote.ballot_key, vote.choices, vote.batch_id, event.version, event.recorded_at
+SELECT vote.ballot_key, vote.choices, vote.batch_id, event.version, event.recorded_at, log_epoch
 FROM votes AS vote
 JOIN events AS event USING (batch_id)
+CROSS JOIN current_log_epoch
 WHERE vote.ballot_key = ANY ($1::uuid[])
 
 -- find_batch: the event of a batch, if it was recorded
-SELECT version, recorded_at, payload FROM events WHERE batch_id = $1
+SELECT version, recorded_at, payload, log_epoch FROM events, current_log_epoch WHERE batch_id = $1
 
 -- register_voters: those voters who are not on the roll yet; sorted by key, so that two batches never deadlock
 INSERT INTO roll (weight, ballot_key)

@@ -19,10 +19,11 @@ _REGISTER_SECONDS = 30.0
 
 
 class Registered(NamedTuple):
-    """How many voters a batch added to the roll, and the poll's version after it."""
+    """How many voters a batch added to the roll, and the poll's version after it, in this epoch of the log."""
 
     voters: int
     version: int
+    log_epoch: UUID
 
 
 class Roll:
@@ -49,4 +50,4 @@ class Roll:
             # Also where nothing was added: the decision says whether this poll has a roll, and takes voters now.
             change = register_voters(len(rows), sum(row["weight"] for row in rows))(locked.poll)
             version = await append(connection, locked, change) if rows else locked.version
-            return Registered(len(rows), version)
+            return Registered(len(rows), version, locked.log_epoch)

@@ -94,7 +94,7 @@ class CommandService(CommandServiceServicer):
             registered = await self._roll.register(UUID(poll_id), weights)
             response.registered += registered.voters
             response.already_registered += len(request.voters) - registered.voters
-            response.consistency_token = token(UUID(poll_id), registered.version)
+            response.consistency_token = token(UUID(poll_id), registered.version, registered.log_epoch)
         return response
 
     @checks_itself
@@ -204,7 +204,7 @@ class _Answer:
                 recorded_at=recorded.recorded_at,
             ),
             already_recorded=recorded.already,
-            consistency_token=token(poll.poll_id, recorded.version),
+            consistency_token=token(poll.poll_id, recorded.version, recorded.log_epoch),
         )
         self._before, self._after = response.SerializeToString().split(_RECEIPT_ID.encode())
 
@@ -231,7 +231,7 @@ class _Batch:
         response = self._response
         if self.verdicts is not None and self.poll is not None:
             recorded, others = await self.verdicts
-            version = recorded.version if recorded else 0
+            latest = recorded
             if others:
                 # Verdicts count the ballots that were submitted; the caller counts the votes it sent.
                 rejected = {rejection.index for rejection in response.rejections}
@@ -239,11 +239,12 @@ class _Batch:
                 for index, verdict in others.items():
                     if isinstance(verdict, Recorded):
                         response.already_recorded += verdict.already
-                        version = max(version, verdict.version)
+                        if latest is None or latest.position < verdict.position:
+                            latest = verdict
                     else:
                         self.reject(sent[index], verdict)
                 response.rejections.sort(key=lambda rejection: rejection.index)
             response.accepted = self.votes - response.already_recorded - len(response.rejections)
-            if version:
-                response.consistency_token = token(self.poll.poll_id, version)
+            if latest:
+                response.consistency_token = token(self.poll.poll_id, latest.version, latest.log_epoch)
         return response

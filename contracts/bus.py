@@ -1,10 +1,15 @@
 """Names on NATS: the stream of events, and the request to publish events again."""
 
 import json
-from datetime import datetime
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 from uuid import UUID
 
 from tally.event.v1.event_pb2 import Event
+
+from contracts import log_epoch
 
 STREAM = "TALLY_EVENTS"
 ALL_EVENTS = "tally.events.>"
@@ -18,13 +23,33 @@ MAX_EVENT_BYTES = 4 << 20
 # What the log may hold of an event, by a constraint of its table: the rest is for what a message has beside it.
 MAX_PAYLOAD_BYTES = MAX_EVENT_BYTES - 1024
 
-# Header of each message: the event's version, so that the stream's tail can be checked without parsing it.
+# Headers of each message, so that the stream can be compared with the log without reading events: the history that the
+# event belongs to (absent: log_epoch.ZERO), its version, and when it was recorded, in microseconds of Unix time.
+EPOCH_HEADER = "Tally-Log-Epoch"
 VERSION_HEADER = "Tally-Version"
+RECORDED_AT_HEADER = "Tally-Recorded-At"
 # Header that makes JetStream drop a second copy of the same outbox row.
 MESSAGE_ID_HEADER = "Nats-Msg-Id"
 
+# Metadata of the stream: the history whose events are published now, and the write database that they come from.
+EPOCH_METADATA = "tally-log-epoch"
+DEPLOYMENT_METADATA = "tally-deployment"
+
 # No poll has so many events: a version above it is no number of the database.
 _MAX_VERSION = 1 << 62
+# More digits are no number of microseconds that a database can hold.
+_MAX_DIGITS = 18
+_UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class EventHeaders(NamedTuple):
+    """What the headers of a message say of its event. (log_epoch, poll, version) names one event; that two events with
+    one name are the same is seen by `recorded_at`."""
+
+    log_epoch: UUID
+    version: int
+    # Microseconds of Unix time; None: the message is of a relay that did not write it.
+    recorded_at: int | None
 
 
 def event_subject(shard: int, poll_id: UUID) -> str:
@@ -35,6 +60,30 @@ def event_subject(shard: int, poll_id: UUID) -> str:
 def outbox_report_subject(shard: int) -> str:
     """Where the relay of a shard says what waits in its outbox."""
     return f"tally.outbox.{shard}"
+
+
+def event_headers(epoch: UUID, version: int, recorded_at: datetime) -> dict[str, str]:
+    """The headers of an event of the current history."""
+    headers = {VERSION_HEADER: str(version), RECORDED_AT_HEADER: str(microseconds(recorded_at))}
+    if epoch != log_epoch.ZERO:
+        headers[EPOCH_HEADER] = str(epoch)
+    return headers
+
+
+def parse_event_headers(headers: Mapping[str, str] | None) -> EventHeaders | None:
+    """What `event_headers` wrote, or a relay of an earlier version; None: the message is not the relay's."""
+    if not headers:
+        return None
+    with suppress(ValueError):
+        version, recorded_at = _number(headers.get(VERSION_HEADER)), _number(headers.get(RECORDED_AT_HEADER))
+        if version:
+            return EventHeaders(log_epoch.parse(headers.get(EPOCH_HEADER, "")), version, recorded_at)
+    return None
+
+
+def microseconds(moment: datetime) -> int:
+    """Microseconds of Unix time."""
+    return (moment - _UNIX_EPOCH) // timedelta(microseconds=1)
 
 
 def event_message(poll_id: UUID, version: int, recorded_at: datetime, payload: bytes) -> bytes:
@@ -58,3 +107,11 @@ def parse_republish_request(data: bytes) -> tuple[UUID, int]:
     if from_version > _MAX_VERSION:
         raise ValueError(f"no event has version {from_version}")
     return poll_id, from_version
+
+
+def _number(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS):
+        raise ValueError(f"not a number of the database: {text!r}")
+    return int(text)

@@ -40,7 +40,7 @@ def wanted(at_least_as_fresh: str, poll_ids: Container[UUID], field: str = "at_l
     """
     if not at_least_as_fresh:
         return {}
-    poll_id, version = parse(at_least_as_fresh, field)
+    poll_id, version, _ = parse(at_least_as_fresh, field)
     if poll_id not in poll_ids:
         raise invalid_request({field: "must be a token of the poll that is asked for"})
     # Every poll is at version 1 at least: a forged 0 must not pass for an answer that is there.

@@ -14,6 +14,7 @@ import pytest
 
 import migrations
 from command_server.ballots import ballot_key, marking
+from contracts import log_epoch
 from contracts.read_database import vote_key
 from runtime import postgres
 from tests.servers import sql
@@ -75,3 +76,33 @@ async def test_a_lock_that_is_never_released_is_said(write_dsn: str, monkeypatch
             await migrations.migrate_write(write_dsn)
     finally:
         await holder.close()
+
+
+FIRST = "SELECT log_epoch, reason FROM {}log_epochs"
+
+
+async def test_an_empty_log_gets_an_epoch_and_one_with_events_keeps_none(write_dsn: str, tmp_path: Path) -> None:
+    rows = await sql(write_dsn, FIRST.format(""))
+    assert [row["log_epoch"].version for row in rows] == [7]
+    await postgres.migrate(write_dsn, files_up_to("0006", migrations.WRITE, tmp_path), "before")
+    await sql(write_dsn, "INSERT INTO before.events (poll_no, version, recorded_at, payload) VALUES (1, 1, now(), '')")
+    assert "0006_log_epoch.sql" in await postgres.migrate(write_dsn, migrations.WRITE, "before")
+    rows = await sql(write_dsn, FIRST.format("before."))
+    assert [row["log_epoch"] for row in rows] == [log_epoch.ZERO]
+
+
+async def test_a_new_epoch_is_greater_than_all_that_anybody_knows(write_dsn: str) -> None:
+    begin = "SELECT log_epoch FROM begin_log_epoch('a test', $1)"
+    future = "SELECT uuidv7(interval '30 days') AS log_epoch"
+    known = [row["log_epoch"] for row in await sql(write_dsn, FIRST.format(""))]
+    known += [row["log_epoch"] for row in await sql(write_dsn, begin, log_epoch.ZERO)]
+    # Somebody's clock was a month ahead; from then on epochs follow that one.
+    known += [row["log_epoch"] for row in await sql(write_dsn, future)]
+    known += [row["log_epoch"] for row in await sql(write_dsn, begin, known[-1])]
+    known += [row["log_epoch"] for row in await sql(write_dsn, begin, known[0])]
+    known += [row["log_epoch"] for row in await sql(write_dsn, "SELECT log_epoch FROM begin_log_epoch('announced')")]
+    assert known == sorted(set(known))
+    current = await sql(write_dsn, "SELECT log_epoch FROM current_log_epoch")
+    assert [row["log_epoch"] for row in current] == known[-1:]
+    with pytest.raises(asyncpg.InvalidParameterValueError):
+        await sql(write_dsn, begin, UUID(int=(1 << 128) - 1))

@@ -6,7 +6,7 @@ import pytest
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 
-from contracts import freshness
+from contracts import freshness, log_epoch
 from contracts.failures import refusal_of
 from contracts.refusals import STATUS_CODES, Refusal, invalid_request, quoted, reason_name
 
@@ -51,7 +51,7 @@ def test_a_defect_tells_the_caller_nothing() -> None:
 
 def test_a_token_says_what_it_was_made_of() -> None:
     poll_id = uuid4()
-    assert freshness.parse(freshness.token(poll_id, 1 << 40)) == (poll_id, 1 << 40)
+    assert freshness.parse(freshness.token(poll_id, 1 << 40)) == (poll_id, 1 << 40, log_epoch.ZERO)
 
 
 @pytest.mark.parametrize("text", ["x", "not a token", "é", "A" * 34, "AcwyMX5pnkXno0uKlOnJ0nkAAAAAAAAA"])

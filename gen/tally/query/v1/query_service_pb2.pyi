@@ -400,6 +400,7 @@ class Results(message.Message):
     ELIGIBLE_VOTERS_FIELD_NUMBER: builtins.int
     CERTIFICATION_FIELD_NUMBER: builtins.int
     CONSISTENCY_TOKEN_FIELD_NUMBER: builtins.int
+    LOG_EPOCH_FIELD_NUMBER: builtins.int
     poll_id: builtins.str
     """poll_id names the poll; a UUID."""
     state: poll_pb2.PollState.ValueType
@@ -415,6 +416,11 @@ class Results(message.Message):
     consistency_token: builtins.str
     """consistency_token stands for this version: given as at_least_as_fresh, for example when a watch is begun again at
     another server, nothing older is shown; opaque.
+    """
+    log_epoch: builtins.str
+    """log_epoch names the history of the event log that version counts in, a UUID; empty: the log is older than epochs. A
+    restore of the write database begins a later one, in which versions may be smaller and counts others. Versions are
+    comparable only within one log_epoch, and a later log_epoch is a greater text.
     """
     @builtins.property
     def counts(self) -> containers.RepeatedCompositeFieldContainer[OptionCount]:
@@ -441,10 +447,11 @@ class Results(message.Message):
         eligible_voters: builtins.int = ...,
         certification: Certification | None = ...,
         consistency_token: builtins.str = ...,
+        log_epoch: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["as_of", b"as_of", "certification", b"certification"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["as_of", b"as_of", "certification", b"certification", "consistency_token", b"consistency_token", "counts", b"counts", "eligible_voters", b"eligible_voters", "poll_id", b"poll_id", "source", b"source", "state", b"state", "total_votes", b"total_votes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["as_of", b"as_of", "certification", b"certification", "consistency_token", b"consistency_token", "counts", b"counts", "eligible_voters", b"eligible_voters", "log_epoch", b"log_epoch", "poll_id", b"poll_id", "source", b"source", "state", b"state", "total_votes", b"total_votes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
