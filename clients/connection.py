@@ -48,7 +48,7 @@ _OPTIONS = [
 ]
 
 # With one of these reasons, or none and one of these codes, the same request may succeed later, and is safe to repeat.
-_TRANSIENT_REASONS = {"OVERLOADED", "STORE_UNAVAILABLE", "READ_MODEL_BEHIND"}
+_TRANSIENT_REASONS = {"OVERLOADED", "STORE_UNAVAILABLE", "READ_MODEL_BEHIND", "LOCKED"}
 _TRANSIENT_CODES = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.CANCELLED,

@@ -29,6 +29,8 @@ STATUS_CODES: Mapping[ErrorReason.ValueType, int] = {
     ErrorReason.ERROR_REASON_STORE_UNAVAILABLE: code_pb2.UNAVAILABLE,
     ErrorReason.ERROR_REASON_READ_MODEL_BEHIND: code_pb2.UNAVAILABLE,
     ErrorReason.ERROR_REASON_INTERNAL: code_pb2.INTERNAL,
+    ErrorReason.ERROR_REASON_VOTE_CONFLICT: code_pb2.ABORTED,
+    ErrorReason.ERROR_REASON_LOCKED: code_pb2.UNAVAILABLE,
 }
 
 # How long a caller should wait before it tries again, in seconds; reasons that are not here do not pass by waiting.
@@ -36,6 +38,7 @@ _RETRY_AFTER: Mapping[ErrorReason.ValueType, float] = {
     ErrorReason.ERROR_REASON_OVERLOADED: 0.1,
     ErrorReason.ERROR_REASON_STORE_UNAVAILABLE: 1.0,
     ErrorReason.ERROR_REASON_READ_MODEL_BEHIND: 0.5,
+    ErrorReason.ERROR_REASON_LOCKED: 1.0,
 }
 
 # A status travels in headers, of which gRPC begins to drop what is above 8 KiB, and with it the reason: the most field

@@ -147,7 +147,9 @@ class CommandServiceServicer:
     def CastVote(self, request, context):
         """CastVote records one vote. A repeat of the same vote is OK and gets the first receipt; another choice by the same
         voter is ALREADY_VOTED, unless the poll allows vote changes: then the last one counts. To retry after any failure is
-        safe, but where votes can be changed, retry a vote before you send the voter's next one.
+        safe, but where votes can be changed, retry a vote before you send the voter's next one; and cancel a call, or give it
+        a deadline, rather than leave it: a vote whose call has ended replaces nothing that was recorded after it. Two votes of
+        one voter at the same moment: the one that finds the other recorded is VOTE_CONFLICT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

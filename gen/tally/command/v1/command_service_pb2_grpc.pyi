@@ -59,7 +59,9 @@ class CommandServiceStub:
     CastVote: _grpc.UnaryUnaryMultiCallable[_command_service_pb2.CastVoteRequest, _command_service_pb2.CastVoteResponse]
     """CastVote records one vote. A repeat of the same vote is OK and gets the first receipt; another choice by the same
     voter is ALREADY_VOTED, unless the poll allows vote changes: then the last one counts. To retry after any failure is
-    safe, but where votes can be changed, retry a vote before you send the voter's next one.
+    safe, but where votes can be changed, retry a vote before you send the voter's next one; and cancel a call, or give it
+    a deadline, rather than leave it: a vote whose call has ended replaces nothing that was recorded after it. Two votes of
+    one voter at the same moment: the one that finds the other recorded is VOTE_CONFLICT.
     """
     CastVotes: _grpc.StreamStreamMultiCallable[_command_service_pb2.CastVotesRequest, _command_service_pb2.CastVotesResponse]
     """CastVotes records many votes, for services that collect them. Each request is answered once, in order, after its
@@ -98,7 +100,9 @@ class CommandServiceAsyncStub(CommandServiceStub):
     CastVote: _aio.UnaryUnaryMultiCallable[_command_service_pb2.CastVoteRequest, _command_service_pb2.CastVoteResponse]  # type: ignore[assignment]
     """CastVote records one vote. A repeat of the same vote is OK and gets the first receipt; another choice by the same
     voter is ALREADY_VOTED, unless the poll allows vote changes: then the last one counts. To retry after any failure is
-    safe, but where votes can be changed, retry a vote before you send the voter's next one.
+    safe, but where votes can be changed, retry a vote before you send the voter's next one; and cancel a call, or give it
+    a deadline, rather than leave it: a vote whose call has ended replaces nothing that was recorded after it. Two votes of
+    one voter at the same moment: the one that finds the other recorded is VOTE_CONFLICT.
     """
     CastVotes: _aio.StreamStreamMultiCallable[_command_service_pb2.CastVotesRequest, _command_service_pb2.CastVotesResponse]  # type: ignore[assignment]
     """CastVotes records many votes, for services that collect them. Each request is answered once, in order, after its
@@ -182,7 +186,9 @@ class CommandServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_command_service_pb2.CastVoteResponse, _abc.Awaitable[_command_service_pb2.CastVoteResponse]]:
         """CastVote records one vote. A repeat of the same vote is OK and gets the first receipt; another choice by the same
         voter is ALREADY_VOTED, unless the poll allows vote changes: then the last one counts. To retry after any failure is
-        safe, but where votes can be changed, retry a vote before you send the voter's next one.
+        safe, but where votes can be changed, retry a vote before you send the voter's next one; and cancel a call, or give it
+        a deadline, rather than leave it: a vote whose call has ended replaces nothing that was recorded after it. Two votes of
+        one voter at the same moment: the one that finds the other recorded is VOTE_CONFLICT.
         """
 
     @_abc_1.abstractmethod

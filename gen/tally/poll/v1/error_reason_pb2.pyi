@@ -70,6 +70,16 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     """ERROR_REASON_RESULTS_HIDDEN: the poll shows its results AFTER_CLOSE and is not closed; FAILED_PRECONDITION. Example:
     GetResults on such a poll while it is open.
     """
+    ERROR_REASON_VOTE_CONFLICT: _ErrorReason.ValueType  # 16
+    """ERROR_REASON_VOTE_CONFLICT: in a poll with allow_vote_change, another vote of this voter was recorded while this one
+    was under way, and stands; this one was not recorded; ABORTED. Decide which vote is meant before you send it again: a
+    retry would replace the other one. Example: one voter on two devices at the same moment.
+    """
+    ERROR_REASON_LOCKED: _ErrorReason.ValueType  # 17
+    """ERROR_REASON_LOCKED: another transaction held the poll, or this voter's vote, or this request_id, for longer than the
+    call could wait; nothing was changed; UNAVAILABLE, with a `google.rpc.RetryInfo`. Everything else goes on. Example: a
+    database session that locked the poll's row and did not commit.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason says why a call failed. The name without its prefix is the `reason` of the `google.rpc.ErrorInfo`
@@ -123,4 +133,14 @@ ERROR_REASON_VOTER_NOT_ELIGIBLE: ErrorReason.ValueType  # 14
 ERROR_REASON_RESULTS_HIDDEN: ErrorReason.ValueType  # 15
 """ERROR_REASON_RESULTS_HIDDEN: the poll shows its results AFTER_CLOSE and is not closed; FAILED_PRECONDITION. Example:
 GetResults on such a poll while it is open.
+"""
+ERROR_REASON_VOTE_CONFLICT: ErrorReason.ValueType  # 16
+"""ERROR_REASON_VOTE_CONFLICT: in a poll with allow_vote_change, another vote of this voter was recorded while this one
+was under way, and stands; this one was not recorded; ABORTED. Decide which vote is meant before you send it again: a
+retry would replace the other one. Example: one voter on two devices at the same moment.
+"""
+ERROR_REASON_LOCKED: ErrorReason.ValueType  # 17
+"""ERROR_REASON_LOCKED: another transaction held the poll, or this voter's vote, or this request_id, for longer than the
+call could wait; nothing was changed; UNAVAILABLE, with a `google.rpc.RetryInfo`. Everything else goes on. Example: a
+database session that locked the poll's row and did not commit.
 """
