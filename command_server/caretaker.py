@@ -34,6 +34,7 @@ from command_server.recount import fold_log, recount_votes
 from runtime.failpoints import failpoint
 from runtime.lifecycle import Backoff, reasons
 from runtime.postgres import POOL_SECONDS, UNAVAILABLE, check_durability, queries
+from runtime.replicas import connect_primary
 
 log = structlog.get_logger()
 sql = queries(__package__)
@@ -87,7 +88,7 @@ class Caretaker:
             await backoff.wait()
 
     async def _session(self) -> None:
-        connection = await asyncpg.connect(self._write_dsn, timeout=5, command_timeout=10, server_settings=_SESSION)
+        connection = await connect_primary(self._write_dsn, timeout=5, command_timeout=10, server_settings=_SESSION)
         try:
             while not await connection.fetchval(sql.lead, _LOCK):
                 await asyncio.sleep(_STANDBY_SECONDS)

@@ -2,8 +2,7 @@
 
 import structlog
 from google.rpc.status_pb2 import Status
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.exceptions import RedisError
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 
 from contracts.refusals import Refusal, invalid_request
@@ -12,7 +11,8 @@ from runtime.serving import InvalidMessage
 
 log = structlog.get_logger()
 
-STORE_FAILURES = (*postgres.UNAVAILABLE, RedisConnectionError, RedisTimeoutError)
+# Redis may also answer that it does not serve: it is a replica, loads its data, or has no memory left.
+STORE_FAILURES = (*postgres.UNAVAILABLE, RedisError)
 
 
 def refusal_of(error: Exception) -> Refusal:

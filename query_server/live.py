@@ -16,7 +16,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from tally.query.v1.query_service_pb2 import GetResultsResponse
 
 from contracts.live import GENERATION_KEY, STATUS_KEY, are_hidden, hidden_version
@@ -174,6 +174,9 @@ class LiveResults:
             self._left_alone_until = time.monotonic() + _PAUSE
             _failures.inc()
             log.warning("redis does not answer", error=f"{type(error).__name__}: {error}", left_alone_seconds=_PAUSE)
+            if isinstance(error, ResponseError):
+                # It loads its data, or it is a replica without its master: another server may be the one by now.
+                await self._redis.connection_pool.disconnect(inuse_connections=False)
             raise
 
 

@@ -10,6 +10,7 @@ import asyncpg
 
 from contracts.bus import event_message
 from runtime.postgres import queries
+from runtime.replicas import connect_primary
 
 sql = queries(__package__)
 
@@ -75,7 +76,7 @@ class Outbox:
 @asynccontextmanager
 async def connect(dsn: str, shard: int, shards: int) -> AsyncIterator[Outbox]:
     """The outbox of one of `shards`. Its lock is free again when the context ends or the process does."""
-    connection = await asyncpg.connect(dsn, timeout=5, command_timeout=_SECONDS, server_settings=_SESSION)
+    connection = await connect_primary(dsn, timeout=5, command_timeout=_SECONDS, server_settings=_SESSION)
     try:
         yield Outbox(connection, shard, shards)
     finally:

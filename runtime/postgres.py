@@ -12,7 +12,7 @@ import asyncpg
 import structlog
 
 from runtime.lifecycle import Backoff
-from runtime.replicas import connect_primary, connect_reader
+from runtime.replicas import PrimaryConnection, connect_primary, connect_reader
 
 log = structlog.get_logger()
 
@@ -29,6 +29,11 @@ UNAVAILABLE = (
     asyncpg.ObjectNotInPrerequisiteStateError,
     asyncpg.OperatorInterventionError,
     asyncpg.ReadOnlySQLTransactionError,
+    # The process was paused, or starved, for longer than the server keeps a transaction open.
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.TransactionTimeoutError,
+    # Its disk fails.
+    asyncpg.PostgresSystemError,
 )
 
 T = TypeVar("T")
@@ -56,7 +61,8 @@ async def connect_pool(
 ) -> asyncpg.Pool:
     """A pool of up to `size` connections that is made even while the server is away; statements take 30 s at most.
 
-    Of several servers in the DSN it uses the primary, or if `read_only` the standbys where there are some.
+    Of several servers in the DSN it uses the primary, or if `read_only` the standbys where there are some. A connection
+    whose server turns out not to be the primary is closed when it comes back.
     """
     settings = {
         "application_name": application,
@@ -75,13 +81,19 @@ async def connect_pool(
         command_timeout=30,
         server_settings=settings,
         connect=connect_reader if read_only else connect_primary,
+        connection_class=asyncpg.Connection if read_only else PrimaryConnection,
         # Nothing here changes a session, so there is nothing to reset when a connection goes back: one round trip less.
-        reset=_keep,
+        reset=_keep if read_only else _keep_unless_misplaced,
     )
 
 
 async def _keep(_: object) -> None:
     pass
+
+
+async def _keep_unless_misplaced(connection: PrimaryConnection) -> None:
+    if connection.misplaced:
+        connection.terminate()
 
 
 async def patiently(attempt: Callable[[], Awaitable[T]], seconds: float) -> T:

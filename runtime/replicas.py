@@ -3,11 +3,17 @@
 Which of them is the primary can change at any time, so each connection finds out anew. The servers are asked one after
 the other, in a random order that spreads readers over standbys, and each has a second to answer: one that is silent
 must not keep a connection from being made to another.
+
+The primary is the server that takes changes. A server that is in recovery is not, and neither is one whose sessions
+are read-only by default, as the old primary is during a switchover. A session keeps what it was opened with, so a
+connection that has learned that its server is not the primary is never used again: see PrimaryConnection.
 """
 
 import asyncio
 import random
-from typing import Any
+from collections.abc import Awaitable, Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
@@ -19,18 +25,81 @@ _SERVER_SECONDS = 1.0
 # How often readers are spread again; seconds.
 _SPREAD_SECONDS = 30.0
 
+_NO_PRIMARY = "no server takes changes: each is a standby, or read-only by default"
+
+# Answers that mean "this server is not the one", whatever the statement was.
+_NOT_THE_ONE = (
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.DatabaseDroppedError,
+    asyncpg.PostgresConnectionError,
+)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _checked(
+    statement: Callable[Concatenate["PrimaryConnection", P], Awaitable[T]],
+) -> Callable[Concatenate["PrimaryConnection", P], Awaitable[T]]:
+    @wraps(statement)
+    async def run(self: "PrimaryConnection", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if not takes_changes(self):
+            # The server said so beside its last answer. Nothing is sent: a reader would be told old things as new.
+            self.misplaced = True
+            raise asyncpg.TargetServerAttributeNotMatched(_NO_PRIMARY)
+        try:
+            return await statement(self, *args, **kwargs)
+        except asyncpg.PostgresError as error:
+            self.misplaced = self.misplaced or _says_not_the_one(error)
+            raise
+
+    return run
+
+
+class PrimaryConnection(asyncpg.Connection):  # type: ignore[misc]
+    """A connection that may be used while its server takes changes.
+
+    `misplaced` is True from the moment that the server has answered otherwise; then the connection must be closed, and
+    the next one finds the primary. A statement on a server that reports that it became read-only raises
+    TargetServerAttributeNotMatched, also one that only reads.
+    """
+
+    misplaced = False
+
+    execute = _checked(asyncpg.Connection.execute)
+    executemany = _checked(asyncpg.Connection.executemany)
+    fetch = _checked(asyncpg.Connection.fetch)
+    fetchval = _checked(asyncpg.Connection.fetchval)
+    fetchrow = _checked(asyncpg.Connection.fetchrow)
+    copy_to_table = _checked(asyncpg.Connection.copy_to_table)
+
 
 async def connect_primary(dsn: str, *, timeout: float, **options: Any) -> asyncpg.Connection:
-    """A connection to the server that takes changes. Raises what postgres.UNAVAILABLE lists, also where there is none.
+    """A PrimaryConnection to the server that takes changes. Raises what postgres.UNAVAILABLE lists, also where there is
+    none.
 
     `timeout`, in seconds, is for a server that is the only one; `options` are those of asyncpg.connect.
     """
-    return await _connect(dsn, timeout, options, standby=False, or_other=False)
+    options = {"connection_class": PrimaryConnection, **options}
+    return await _connect(dsn, timeout, options, takes_changes, or_other=False)
 
 
 async def connect_reader(dsn: str, *, timeout: float, **options: Any) -> asyncpg.Connection:
     """A connection to a standby or, where no standby answers, to the primary; see `connect_primary`."""
-    return await _connect(dsn, timeout, options, standby=True, or_other=True)
+    return await _connect(dsn, timeout, options, _is_standby, or_other=True)
+
+
+def takes_changes(connection: asyncpg.Connection) -> bool:
+    """Whether the server of a connection says that it takes changes. Servers tell so when a connection is made, and
+    beside an answer when it changes; before Postgres 14 they do not, and are believed to."""
+    settings = connection.get_settings()
+    return (
+        getattr(settings, "in_hot_standby", "off") != "on"
+        and getattr(settings, "default_transaction_read_only", "off") != "on"
+    )
 
 
 async def spread_readers(pool: asyncpg.Pool) -> None:
@@ -42,12 +111,12 @@ async def spread_readers(pool: asyncpg.Pool) -> None:
 
 
 async def _connect(
-    dsn: str, timeout: float, options: dict[str, Any], *, standby: bool, or_other: bool
+    dsn: str, timeout: float, options: dict[str, Any], fits: Callable[[asyncpg.Connection], bool], *, or_other: bool
 ) -> asyncpg.Connection:
     servers = _servers(dsn)
     seconds = min(timeout, _SERVER_SECONDS) if len(servers) > 1 else timeout
     others: list[asyncpg.Connection] = []
-    failure: Exception = asyncpg.TargetServerAttributeNotMatched("none of the servers is the primary")
+    failure: Exception = asyncpg.TargetServerAttributeNotMatched(_NO_PRIMARY)
     try:
         for server in random.sample(servers, len(servers)):
             try:
@@ -63,7 +132,7 @@ async def _connect(
                 continue
             except ValueError:
                 raise InvalidAddress from None
-            if _is_standby(connection) == standby:
+            if fits(connection):
                 return connection
             others.append(connection)
         if others and or_other:
@@ -87,5 +156,10 @@ def _servers(dsn: str) -> list[str]:
 
 
 def _is_standby(connection: asyncpg.Connection) -> bool:
-    # The server tells this when a connection is made; before Postgres 14 it does not.
     return getattr(connection.get_settings(), "in_hot_standby", "off") == "on"
+
+
+def _says_not_the_one(error: asyncpg.PostgresError) -> bool:
+    # 55000 itself, "not in the state that this needs": its subclasses, such as a lock that is not available, are about
+    # the statement.
+    return isinstance(error, _NOT_THE_ONE) or type(error) is asyncpg.ObjectNotInPrerequisiteStateError
