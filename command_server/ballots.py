@@ -200,6 +200,7 @@ def votes_cast(
         event.ClearField("choices")
     if weights is not None:
         event.weights.extend(weights[voter(ballot)] for ballot in ballots)
+        event.replaced_weight = sum(weights[key] for key in replaced or ())
     event.count_changes.extend(
         CountChange(option_number=number, change=change) for number, change in sorted(counts.items())
     )

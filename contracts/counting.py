@@ -17,6 +17,18 @@ def added_votes(votes: VotesCast) -> int:
     return cast_votes(votes) - votes.replaced
 
 
+def added_weight(votes: VotesCast) -> int | None:
+    """What they add to the sum of the weights of all counted votes, each voter's weight once.
+
+    None where that is not known: an older event does not tell the weight of the votes that it replaced.
+    """
+    if not votes.weights:
+        return added_votes(votes)
+    if votes.replaced and not votes.replaced_weight:
+        return None
+    return sum(votes.weights) - votes.replaced_weight
+
+
 def count_changes(votes: VotesCast) -> Counter[int]:
     """What is added to the count of each option, by number; below 0 where votes were changed."""
     if votes.count_changes:

@@ -93,9 +93,17 @@ def _counted(tally: Tally) -> dict[str, Any]:
             {"option_id": option.option_id, "label": option.label} | ({"count": count} if shown else {})
             for option, count in zip(tally.options, tally.counts, strict=True)
         ],
-        "turnout": {"total_votes": tally.total_votes, "eligible_voters": tally.eligible_voters},
+        "turnout": {
+            "total_votes": tally.total_votes,
+            "total_weight": tally.total_weight,
+            "eligible_voters": tally.eligible_voters,
+        },
         "outcome": came_to
-        and {"leaders": [leader.option_id for leader in came_to.leaders], "certified": came_to.certified},
+        and {
+            "leaders": [leader.option_id for leader in came_to.leaders],
+            "leader_count": came_to.leader_count,
+            "certified": came_to.certified,
+        },
         "certification": certification
         and {
             "certified_at": certification.certified_at.ToJsonString(),
@@ -117,6 +125,8 @@ def _tally(row: asyncpg.Record) -> Tally:
         counts=tuple(row["counts"]),
         as_of=_moment(document["as_of"]),
         total_votes=document["turnout"]["total_votes"],
+        # A document that was stored before there was this number does not have it.
+        total_weight=document["turnout"].get("total_weight"),
         eligible_voters=document["turnout"]["eligible_voters"],
         certification=recount
         and Certification(

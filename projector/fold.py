@@ -18,10 +18,10 @@ from tally.poll.v1.poll_pb2 import (
 )
 from tally.query.v1.query_service_pb2 import Certification, OptionCount, Outcome
 
-from contracts.counting import added_votes, count_changes
+from contracts.counting import added_votes, added_weight, count_changes
 from contracts.voters import KEY_BYTES
 
-# Of options that are equal at the top, so many are named.
+# The most options that an outcome names; it counts those beyond.
 _MAX_LEADERS = 10
 
 
@@ -41,6 +41,8 @@ class Tally(NamedTuple):
     certification: Certification | None = None
     # Nobody may read the counts: the poll shows them after it is closed. It stays so where the poll is cancelled.
     hidden: bool = False
+    # The sum of the weights of the votes that count; None where it is not known.
+    total_weight: int | None = 0
 
 
 # In which states each change can happen.
@@ -150,7 +152,12 @@ def outcome(tally: Tally) -> Outcome | None:
         if count == most > 0
     ]
     certified = tally.state == POLL_STATE_CERTIFIED
-    return Outcome(leaders=leaders[:_MAX_LEADERS], total_votes=tally.total_votes, certified=certified)
+    return Outcome(
+        leaders=leaders[:_MAX_LEADERS],
+        leader_count=len(leaders),
+        total_votes=tally.total_votes,
+        certified=certified,
+    )
 
 
 def _planned(tally: Tally, spec: PollSpec) -> Tally:
@@ -168,7 +175,13 @@ def _counted(tally: Tally, votes: VotesCast) -> Tally:
         if number >= len(counts):
             raise Unfoldable(f"version {tally.version} has a vote for option {number} of {len(counts)}")
         counts[number] += count
-    return tally._replace(counts=tuple(counts), total_votes=tally.total_votes + added_votes(votes))
+    total_votes = tally.total_votes + added_votes(votes)
+    return tally._replace(counts=tuple(counts), total_votes=total_votes, total_weight=_weight(tally, votes))
+
+
+def _weight(tally: Tally, votes: VotesCast) -> int | None:
+    added = added_weight(votes)
+    return None if tally.total_weight is None or added is None else tally.total_weight + added
 
 
 def _certification(tally: Tally, recount: Recount, *, agreed: bool) -> Certification:

@@ -151,6 +151,7 @@ def _results(poll_id: str, tally: Tally) -> bytes:
             for option, count in zip(tally.options, tally.counts, strict=True)
         ],
         total_votes=tally.total_votes,
+        total_weight=tally.total_weight,
         as_of=tally.as_of,
         source=RESULTS_SOURCE_LIVE_CACHE,
         eligible_voters=tally.eligible_voters,
@@ -169,6 +170,7 @@ def _tally(shown: bytes, counted: bytes | None) -> Tally:
         counts=tuple(option.count for option in results.counts),
         as_of=results.as_of,
         total_votes=results.total_votes,
+        total_weight=results.total_weight if results.HasField("total_weight") else None,
         eligible_voters=results.eligible_voters,
         certification=results.certification if results.HasField("certification") else None,
         hidden=bool(counted),

@@ -1,13 +1,13 @@
 -- tallies: what counting goes on from
 SELECT poll_id, version, state, option_ids, option_labels, counts, total_votes, as_of, eligible_voters, certification,
-    hidden
+    hidden, total_weight
 FROM polls WHERE poll_id = ANY ($1::uuid[])
 
 -- insert_poll: a poll that is new here; update_spec completes it
 INSERT INTO polls (
     poll_id, version, state, method, title, description, option_ids, option_labels, counts, total_votes, as_of,
-    created_at, opened_at, closed_at, eligible_voters, certification, hidden, outcome
-) VALUES ($1, $2, $3, '', '', '', $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
+    created_at, opened_at, closed_at, eligible_voters, certification, hidden, outcome, total_weight
+) VALUES ($1, $2, $3, '', '', '', $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
 ON CONFLICT DO NOTHING
 RETURNING poll_id, poll_no
 
@@ -34,13 +34,15 @@ UPDATE polls SET
     eligible_voters = new.eligible_voters,
     certification = new.certification,
     hidden = new.hidden,
-    outcome = new.outcome
+    outcome = new.outcome,
+    total_weight = new.total_weight
 FROM unnest(
     $1::uuid[], $2::bigint[], $3::bigint[], $4::text[], $5::text[], $6::bigint[],
-    $7::timestamptz[], $8::timestamptz[], $9::timestamptz[], $10::bigint[], $11::bytea[], $12::boolean[], $13::bytea[]
+    $7::timestamptz[], $8::timestamptz[], $9::timestamptz[], $10::bigint[], $11::bytea[], $12::boolean[], $13::bytea[],
+    $14::bigint[]
 ) AS new (
     poll_id, before, version, state, counts, total_votes, as_of, opened_at, closed_at, eligible_voters, certification,
-    hidden, outcome
+    hidden, outcome, total_weight
 )
 WHERE polls.poll_id = new.poll_id AND polls.version = new.before
 RETURNING polls.poll_id, polls.poll_no

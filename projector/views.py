@@ -108,6 +108,7 @@ def _inserted(change: Change) -> tuple[object, ...]:
         _certification(tally),
         tally.hidden,
         _outcome(tally),
+        tally.total_weight,
     )
 
 
@@ -127,6 +128,7 @@ def _updated(change: Change) -> tuple[object, ...]:
         _certification(tally),
         tally.hidden,
         _outcome(tally),
+        tally.total_weight,
     )
 
 
@@ -207,6 +209,7 @@ def _tally(row: asyncpg.Record) -> Tally:
         counts=tuple(row["counts"]),
         as_of=as_of,
         total_votes=row["total_votes"],
+        total_weight=row["total_weight"],
         eligible_voters=row["eligible_voters"],
         certification=Certification.FromString(row["certification"]) if row["certification"] else None,
         hidden=row["hidden"],

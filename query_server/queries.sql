@@ -21,9 +21,17 @@ SELECT poll_id, title, description, option_ids, option_labels, method, state, ve
 FROM polls WHERE (created_at, poll_id) < ($1, $2) AND state = $4
 ORDER BY created_at DESC, poll_id DESC LIMIT $3
 
+-- polls_page_with_prefix: the same, of the polls whose ids are from $4 to $5, in one state or, where $6 is NULL, in any.
+-- OFFSET keeps the planner from reading all polls, newest first, for the few that are wanted.
+SELECT poll_id, title, description, option_ids, option_labels, method, state, version, created_at, opened_at, closed_at,
+    max_choices, opens_at, closes_at, allow_vote_change, eligibility, results_visibility
+FROM (SELECT * FROM polls WHERE poll_id BETWEEN $4 AND $5 OFFSET 0) AS polls
+WHERE (created_at, poll_id) < ($1, $2) AND ($6::text IS NULL OR state = $6)
+ORDER BY created_at DESC, poll_id DESC LIMIT $3
+
 -- newer_results: the counts of those polls that have a version above the one already known
 SELECT poll_id, state, polls.version, option_ids, option_labels, counts, total_votes, as_of,
-    eligible_voters, certification, hidden
+    eligible_voters, certification, hidden, total_weight
 FROM unnest($1::uuid[], $2::bigint[]) AS known (poll_id, version)
 JOIN polls USING (poll_id) WHERE polls.version > known.version
 

@@ -57,7 +57,7 @@ class QueryService(QueryServiceServicer):
 
     async def ListPolls(self, request: pb.ListPollsRequest, context: Context) -> pb.ListPollsResponse:
         async with asyncio.timeout(patience(context)):
-            return await self._views.polls(request.state, request.page_size, request.page_token)
+            return await self._views.polls(request.state, request.poll_id_prefix, request.page_size, request.page_token)
 
     @checks_itself
     async def GetResults(  # type: ignore[override]  # the bytes that the projector made

@@ -128,14 +128,22 @@ class Views:
         return {row["poll_id"]: (row["version"], _results(row)) for row in rows}
 
     @_persistent
-    async def polls(self, state: PollState.ValueType, page_size: int, page_token: str) -> ListPollsResponse:
-        """A page of polls, newest first. Raises INVALID_REQUEST for a token that no page with this state returned."""
-        listed = f"polls {state}".encode()
+    async def polls(
+        self, state: PollState.ValueType, poll_id_prefix: str, page_size: int, page_token: str
+    ) -> ListPollsResponse:
+        """A page of polls, newest first. `poll_id_prefix` is empty or as in ListPollsRequest.
+
+        Raises INVALID_REQUEST for a token that no page with this state and prefix returned.
+        """
+        listed = f"polls {state} {poll_id_prefix.lower()}".encode()
         after = _parse_page_token(page_token, listed)
         limit = page_size or _DEFAULT_PAGE_SIZE
         query, arguments = sql.polls_page, [after.created_at, after.poll_id, limit + 1]
-        if state:
-            query, arguments = sql.polls_page_in_state, [*arguments, PollState.Name(state).removeprefix("POLL_STATE_")]
+        state_name = PollState.Name(state).removeprefix("POLL_STATE_") if state else None
+        if poll_id_prefix:
+            query, arguments = sql.polls_page_with_prefix, [*arguments, *_ids_with(poll_id_prefix), state_name]
+        elif state_name:
+            query, arguments = sql.polls_page_in_state, [*arguments, state_name]
         page = ListPollsResponse()
         async with self._connection() as connection, connection.transaction():
             page.next_page_token = await _fill(
@@ -261,6 +269,12 @@ async def _fill(
     return ""
 
 
+def _ids_with(prefix: str) -> tuple[UUID, UUID]:
+    """The lowest and the highest id that begins with a prefix."""
+    digits = prefix.replace("-", "")
+    return UUID(digits.ljust(32, "0")), UUID(digits.ljust(32, "f"))
+
+
 def _page_token(last: _Place, listed: bytes) -> str:
     """The token for what comes after `last` in a list, which `listed` tells from all others."""
     mark = blake2b(listed, digest_size=9).digest()
@@ -325,6 +339,7 @@ def _results(row: Any) -> bytes:
             version=row["version"],
             counts=[OptionCount(option_id=option_id, label=label, count=count) for option_id, label, count in counts],
             total_votes=row["total_votes"],
+            total_weight=row["total_weight"],
             as_of=row["as_of"],
             source=ResultsSource.RESULTS_SOURCE_READ_DATABASE,
             eligible_voters=row["eligible_voters"],

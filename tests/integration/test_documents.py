@@ -64,7 +64,8 @@ async def agrees(system: System, poll_id: str, consistency_token: str) -> dict[s
         (count.option_id, count.label, count.count) for count in results.counts
     ]
     assert found["as_of"] == results.as_of.ToJsonString()
-    assert found["turnout"] == {"total_votes": results.total_votes, "eligible_voters": results.eligible_voters}
+    turnout = {name: getattr(results, name) for name in ("total_votes", "total_weight", "eligible_voters")}
+    assert found["turnout"] == turnout
     if results.HasField("certification"):
         certification = found["certification"]
         assert [row["count"] for row in certification["counts"]] == [row.count for row in results.certification.counts]
@@ -84,9 +85,15 @@ async def test_a_document_says_what_the_other_queries_say(system: System) -> Non
     found = await agrees(system, poll_id, created.consistency_token)
     assert found["closes_at"] == "2999-01-01T00:00:00Z"
 
-    other = PollSpec(title="Tea or milk?", options=OPTIONS, method=VOTING_METHOD_APPROVAL, eligibility=ELIGIBILITY_ROLL)
+    other = PollSpec(
+        title="Tea or milk?",
+        options=OPTIONS,
+        method=VOTING_METHOD_APPROVAL,
+        eligibility=ELIGIBILITY_ROLL,
+        allow_vote_change=True,
+    )
     request = UpdatePollRequest(poll_id=poll_id, poll=other)
-    request.update_mask.paths[:] = ["title", "method", "eligibility", "closes_at"]
+    request.update_mask.paths[:] = ["title", "method", "eligibility", "closes_at", "allow_vote_change"]
     found = await agrees(system, poll_id, (await commands.UpdatePoll(request)).consistency_token)
     # What a later event takes away is no longer told.
     assert (found["title"], found["closes_at"]) == ("Tea or milk?", None)
@@ -95,17 +102,20 @@ async def test_a_document_says_what_the_other_queries_say(system: System) -> Non
     await agrees(system, poll_id, registered.consistency_token)
     await agrees(system, poll_id, (await commands.OpenPoll(OpenPollRequest(poll_id=poll_id))).consistency_token)
 
-    for voter, options in (("ada", ["tea"]), ("bob", ["tea", "milk"])):
+    for voter, options in (("ada", ["milk"]), ("bob", ["tea", "milk"]), ("ada", ["tea"])):
         vote = CastVoteRequest(poll_id=poll_id, voter_id=voter, option_ids=options)
         found = await agrees(system, poll_id, (await commands.CastVote(vote)).consistency_token)
     assert [option["count"] for option in found["options"]] == [4, 1]
-    assert found["turnout"] == {"total_votes": 2, "eligible_voters": 2}
+    # A changed vote has its weight once.
+    assert found["turnout"] == {"total_votes": 2, "total_weight": 4, "eligible_voters": 2}
+    [row] = await sql(system["read_dsn"], "SELECT total_weight FROM views.polls WHERE poll_id = $1", poll_id)
+    assert row["total_weight"] == 4
     assert found["outcome"] is None
 
     found = await agrees(
         system, poll_id, (await commands.ClosePoll(ClosePollRequest(poll_id=poll_id))).consistency_token
     )
-    assert found["outcome"] == {"leaders": ["tea"], "certified": False}
+    assert found["outcome"] == {"leaders": ["tea"], "leader_count": 1, "certified": False}
     asked = await commands.CertifyPoll(CertifyPollRequest(poll_id=poll_id))
 
     async def is_certified() -> None:
@@ -116,7 +126,7 @@ async def test_a_document_says_what_the_other_queries_say(system: System) -> Non
     results = (await system.query.GetResults(GetResultsRequest(poll_id=poll_id), timeout=10)).results
     assert asked.consistency_token != results.consistency_token
     found = await agrees(system, poll_id, results.consistency_token)
-    assert found["outcome"] == {"leaders": ["tea"], "certified": True}
+    assert found["outcome"] == {"leaders": ["tea"], "leader_count": 1, "certified": True}
 
     # From nothing it is the same again.
     await sql(system["read_dsn"], "TRUNCATE documents.documents, documents.stream_position")

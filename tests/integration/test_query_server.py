@@ -63,10 +63,16 @@ class ReadModels:
         self.live = live
 
     async def poll(
-        self, version: int = 1, *, state: str = "OPEN", created_at: datetime = NOON, options: int = 2
+        self,
+        version: int = 1,
+        *,
+        poll_id: UUID | None = None,
+        state: str = "OPEN",
+        created_at: datetime = NOON,
+        options: int = 2,
     ) -> UUID:
         """A new poll in the read database."""
-        poll_id = uuid4()
+        poll_id = poll_id or uuid4()
         await self.database.execute(
             "INSERT INTO polls (poll_id, version, state, method, title, description, option_ids, option_labels, counts,"
             " total_votes, as_of, created_at, opened_at)"
@@ -344,6 +350,43 @@ async def test_polls_are_listed_by_state(server: QueryServiceAsyncStub, models: 
     request.state = PollState.POLL_STATE_OPEN
     assert (await refused(server.ListPolls(request))).fields == ["page_token"]
     assert len((await server.ListPolls(pb.ListPollsRequest())).polls) == 4
+
+
+async def test_polls_are_listed_by_the_beginning_of_their_ids(
+    server: QueryServiceAsyncStub, models: ReadModels
+) -> None:
+    ids = [
+        UUID(text)
+        for text in (
+            "00000000-0000-4000-8000-000000000000",
+            "00001000-0000-4000-8000-000000000000",
+            "abcdef01-2345-4789-8bcd-ef0123456789",
+            "abcdef01-2345-4789-8bcd-ef01234567ff",
+            "abcdef01-2346-4789-8bcd-ef0123456789",
+            "ffffffff-ffff-4fff-bfff-ffffffffffff",
+        )
+    ]
+    for number, poll_id in enumerate(ids):
+        await models.poll(poll_id=poll_id, state="CLOSED" if number % 2 else "OPEN")
+
+    async def listed(prefix: str, **fields: Any) -> set[UUID]:
+        page = await server.ListPolls(pb.ListPollsRequest(poll_id_prefix=prefix, **fields))
+        return {UUID(poll.poll_id) for poll in page.polls}
+
+    # Each beginning finds what begins with it, and nothing else.
+    for poll_id in ids:
+        for length in range(4, 37):
+            prefix = str(poll_id)[:length]
+            assert await listed(prefix.upper()) == {other for other in ids if str(other).startswith(prefix)}
+    assert await listed("1234") == set()
+    assert await listed("abcd", state=PollState.POLL_STATE_CLOSED) == {ids[3]}
+    first = await server.ListPolls(pb.ListPollsRequest(poll_id_prefix="abcd", page_size=2))
+    rest = await server.ListPolls(pb.ListPollsRequest(poll_id_prefix="ABCD", page_token=first.next_page_token))
+    assert {UUID(poll.poll_id) for poll in [*first.polls, *rest.polls]} == set(ids[2:5])
+    request = pb.ListPollsRequest(poll_id_prefix="abcde", page_token=first.next_page_token)
+    assert (await refused(server.ListPolls(request))).fields == ["page_token"]
+    for wrong in ("abc", "abcdef0-", "abcdef012", "abcd-", "ghij", "abcdef01--", f"{ids[2]}0", f"{{{ids[2]}", "%abc"):
+        assert (await refused(server.ListPolls(pb.ListPollsRequest(poll_id_prefix=wrong)))).fields == ["poll_id_prefix"]
 
 
 async def test_a_page_has_50_polls_and_never_more_than_a_client_takes(

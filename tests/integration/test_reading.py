@@ -304,7 +304,7 @@ async def test_a_voter_sees_each_vote_with_what_became_of_it(
     assert [vote.poll_state for vote in (first, second, third)] == [POLL_STATE_OPEN, POLL_STATE_OPEN, POLL_STATE_CLOSED]
     assert [vote.HasField("outcome") for vote in (first, second, third)] == [False, False, True]
     assert third.outcome == pb.Outcome(
-        leaders=[pb.OptionCount(option_id="a", label="A", count=3)], total_votes=3, certified=False
+        leaders=[pb.OptionCount(option_id="a", label="A", count=3)], leader_count=1, total_votes=3, certified=False
     )
     receipt = third.receipt
     assert receipt.receipt_id == VOTERS.receipt_id(over.poll_id, VOTERS.voter_key("ann"))
@@ -332,6 +332,7 @@ async def test_equal_leaders_are_all_named_and_of_no_votes_none(
     await database.store(tied)
     [vote] = (await votes_of(server, "voter-7")).votes
     assert [leader.option_id for leader in vote.outcome.leaders] == [f"option-{number}" for number in range(10)]
+    assert vote.outcome.leader_count == 30
 
 
 async def test_pages_of_votes_hold_each_once_while_votes_come_and_change(

@@ -8,7 +8,16 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from tally.event.v1.event_pb2 import Event, PollCancelled, PollClosed, PollCreated, PollOpened, PollUpdated, VotesCast
+from tally.event.v1.event_pb2 import (
+    CountChange,
+    Event,
+    PollCancelled,
+    PollClosed,
+    PollCreated,
+    PollOpened,
+    PollUpdated,
+    VotesCast,
+)
 from tally.poll.v1.poll_pb2 import (
     POLL_STATE_CLOSED,
     POLL_STATE_DRAFT,
@@ -166,3 +175,18 @@ def test_a_version_is_never_skipped_or_repeated() -> None:
             fold(tally, event(version, votes_cast=votes(0)))
     with pytest.raises(Unfoldable):
         fold(None, event(2, poll_created=CREATED))
+
+
+def test_the_weight_of_all_votes_has_each_voter_once() -> None:
+    def weighted(*weights: int, **fields: Any) -> VotesCast:
+        keys = random.randbytes(16 * len(weights))
+        changes = [CountChange(option_number=0, change=sum(weights))]
+        numbers = [0] * len(weights)
+        return VotesCast(voter_keys=keys, option_numbers=numbers, weights=weights, count_changes=changes, **fields)
+
+    plain = folded(life(votes(0, 1), VotesCast(voter_keys=bytes(32), option_numbers=[0, 1], replaced=1)))
+    assert (plain.total_votes, plain.total_weight) == (3, 3)
+    assert folded(life(weighted(5, 2))).total_weight == 7
+    assert folded(life(weighted(5, 2), weighted(5, 9, replaced=1, replaced_weight=5))).total_weight == 16
+    # An older event does not tell what the replaced votes weigh; from then on the sum is not known.
+    assert folded(life(weighted(5, 2), weighted(5, 9, replaced=1), weighted(1))).total_weight is None

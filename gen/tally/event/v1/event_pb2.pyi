@@ -335,12 +335,17 @@ class VotesCast(message.Message):
     WEIGHTS_FIELD_NUMBER: builtins.int
     REPLACED_FIELD_NUMBER: builtins.int
     COUNT_CHANGES_FIELD_NUMBER: builtins.int
+    REPLACED_WEIGHT_FIELD_NUMBER: builtins.int
     batch_id: builtins.int
     """batch_id is what the rows of these votes in the write database carry."""
     voter_keys: builtins.bytes
     """voter_keys are the keyed hashes of the voters, 16 bytes each, ascending, without separators."""
     replaced: builtins.int
     """replaced is how many of these votes take the place of the same voter's earlier vote."""
+    replaced_weight: builtins.int
+    """replaced_weight is the sum of the weights of those `replaced` votes, the same as that of the votes whose place they
+    take. 0 where weights is empty; also in events of versions of Tally before this field.
+    """
     @builtins.property
     def option_numbers(self) -> containers.RepeatedScalarFieldContainer[builtins.int]:
         """option_numbers are the chosen options, vote after vote: places in PollSpec.options, from 0."""
@@ -369,10 +374,11 @@ class VotesCast(message.Message):
         weights: abc.Iterable[builtins.int] | None = ...,
         replaced: builtins.int = ...,
         count_changes: abc.Iterable[CountChange] | None = ...,
+        replaced_weight: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["batch_id", b"batch_id", "choices", b"choices", "count_changes", b"count_changes", "option_numbers", b"option_numbers", "replaced", b"replaced", "voter_keys", b"voter_keys", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["batch_id", b"batch_id", "choices", b"choices", "count_changes", b"count_changes", "option_numbers", b"option_numbers", "replaced", b"replaced", "replaced_weight", b"replaced_weight", "voter_keys", b"voter_keys", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

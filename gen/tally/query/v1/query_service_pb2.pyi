@@ -235,22 +235,28 @@ class ListPollsRequest(message.Message):
     STATE_FIELD_NUMBER: builtins.int
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    POLL_ID_PREFIX_FIELD_NUMBER: builtins.int
     state: poll_pb2.PollState.ValueType
     """state keeps polls in this state only. Unspecified: all."""
     page_size: builtins.int
     """page_size is the most polls to return, up to 1,000; 0 means 50."""
     page_token: builtins.str
-    """page_token is next_page_token of the page before, with the same state. Empty: the first page."""
+    """page_token is next_page_token of the page before, with the same state and poll_id_prefix. Empty: the first page."""
+    poll_id_prefix: builtins.str
+    """poll_id_prefix keeps polls whose poll_id begins like this only: the first 4 to 36 characters of a UUID, with its
+    hyphens, in small letters or capitals. Empty: all.
+    """
     def __init__(
         self,
         *,
         state: poll_pb2.PollState.ValueType = ...,
         page_size: builtins.int = ...,
         page_token: builtins.str = ...,
+        poll_id_prefix: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["page_size", b"page_size", "page_token", b"page_token", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["page_size", b"page_size", "page_token", b"page_token", "poll_id_prefix", b"poll_id_prefix", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -401,6 +407,7 @@ class Results(message.Message):
     CERTIFICATION_FIELD_NUMBER: builtins.int
     CONSISTENCY_TOKEN_FIELD_NUMBER: builtins.int
     LOG_EPOCH_FIELD_NUMBER: builtins.int
+    TOTAL_WEIGHT_FIELD_NUMBER: builtins.int
     poll_id: builtins.str
     """poll_id names the poll; a UUID."""
     state: poll_pb2.PollState.ValueType
@@ -421,6 +428,11 @@ class Results(message.Message):
     """log_epoch names the history of the event log that version counts in, a UUID; empty: the log is older than epochs. A
     restore of the write database begins a later one, in which versions may be smaller and counts others. Versions are
     comparable only within one log_epoch, and a later log_epoch is a greater text.
+    """
+    total_weight: builtins.int
+    """total_weight is the sum of the weights of the counted votes, each once, whatever its choices: what the counts are
+    shares of, so that no share is above 1. Equal to total_votes where no vote has a weight above 1. Absent where it is
+    not known: the poll had votes before the servers kept this number.
     """
     @builtins.property
     def counts(self) -> containers.RepeatedCompositeFieldContainer[OptionCount]:
@@ -448,12 +460,15 @@ class Results(message.Message):
         certification: Certification | None = ...,
         consistency_token: builtins.str = ...,
         log_epoch: builtins.str = ...,
+        total_weight: builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["as_of", b"as_of", "certification", b"certification"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_total_weight", b"_total_weight", "as_of", b"as_of", "certification", b"certification", "total_weight", b"total_weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["as_of", b"as_of", "certification", b"certification", "consistency_token", b"consistency_token", "counts", b"counts", "eligible_voters", b"eligible_voters", "log_epoch", b"log_epoch", "poll_id", b"poll_id", "source", b"source", "state", b"state", "total_votes", b"total_votes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_total_weight", b"_total_weight", "as_of", b"as_of", "certification", b"certification", "consistency_token", b"consistency_token", "counts", b"counts", "eligible_voters", b"eligible_voters", "log_epoch", b"log_epoch", "poll_id", b"poll_id", "source", b"source", "state", b"state", "total_votes", b"total_votes", "total_weight", b"total_weight", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__total_weight: _TypeAlias = typing.Literal["total_weight"]  # noqa: Y015
+    _WhichOneofArgType__total_weight: _TypeAlias = typing.Literal["_total_weight", b"_total_weight"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__total_weight) -> _WhichOneofReturnType__total_weight | None: ...
 
 @typing.final
 class Certification(message.Message):
@@ -986,14 +1001,19 @@ class Outcome(message.Message):
     LEADERS_FIELD_NUMBER: builtins.int
     TOTAL_VOTES_FIELD_NUMBER: builtins.int
     CERTIFIED_FIELD_NUMBER: builtins.int
+    LEADER_COUNT_FIELD_NUMBER: builtins.int
     total_votes: builtins.int
     """total_votes is the number of counted votes, one for each voter."""
     certified: builtins.bool
     """certified is true once a recount of the votes themselves agreed."""
+    leader_count: builtins.int
+    """leader_count is how many options have the most votes, also those that leaders has no room for. 0 where leaders is
+    empty; also in outcomes that were stored by versions of Tally before this field.
+    """
     @builtins.property
     def leaders(self) -> containers.RepeatedCompositeFieldContainer[OptionCount]:
         """leaders are the options with the most votes: one, or several that are equal, at most ten of them; none where nobody
-        voted.
+        voted. leader_count says how many there are.
         """
 
     def __init__(
@@ -1002,10 +1022,11 @@ class Outcome(message.Message):
         leaders: abc.Iterable[OptionCount] | None = ...,
         total_votes: builtins.int = ...,
         certified: builtins.bool = ...,
+        leader_count: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["certified", b"certified", "leaders", b"leaders", "total_votes", b"total_votes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["certified", b"certified", "leader_count", b"leader_count", "leaders", b"leaders", "total_votes", b"total_votes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
