@@ -96,7 +96,7 @@ class Envelope(NamedTuple):
 
 class Reader:
     """Makes ballots straight from a serialized CastVotesRequest, as far as its votes are plain: one known option, a
-    voter id in ASCII. The rest is for the caller to read, and so is everything where nothing was compiled."""
+    voter id in printable ASCII. The rest is for the caller to read, and so is everything where nothing was compiled."""
 
     def __init__(self, voters: VoterKeys) -> None:
         if compiled is None:

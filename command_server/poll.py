@@ -22,10 +22,9 @@ from tally.poll.v1.error_reason_pb2 import ErrorReason
 from tally.poll.v1.poll_pb2 import ELIGIBILITY_ROLL, VOTING_METHOD_SINGLE_CHOICE, PollSpec
 
 from contracts.refusals import Refusal, invalid_request, quoted
+from contracts.text import look
 
 DRAFT, OPEN, CLOSED, CERTIFIED, CANCELLED = "DRAFT", "OPEN", "CLOSED", "CERTIFIED", "CANCELLED"
-
-MAX_VOTER_ID_CHARACTERS = 256
 
 
 class Poll(NamedTuple):
@@ -170,14 +169,18 @@ def choose(spec: PollSpec, option_numbers: Mapping[str, int], option_ids: Sequen
     return numbers
 
 
-def check_voter_id(voter_id: str) -> str:
-    """The voter id, if the contract allows it."""
-    if not 1 <= len(voter_id) <= MAX_VOTER_ID_CHARACTERS:
-        raise Refusal(
-            ErrorReason.ERROR_REASON_INVALID_REQUEST,
-            f"voter_id: must have 1 to {MAX_VOTER_ID_CHARACTERS} characters, has {len(voter_id)}",
-        )
-    return voter_id
+def look_alikes(spec: PollSpec) -> Mapping[str, str]:
+    """The labels that look the same as an earlier one of the poll: path of the field → what is wrong, in words."""
+    seen: dict[str, int] = {}
+    found = {}
+    for number, option in enumerate(spec.options):
+        first = seen.setdefault(look(option.label), number)
+        if first != number:
+            same = quoted(spec.options[first].label)
+            found[f"options[{number}].label"] = (
+                f"{quoted(option.label)} looks the same as options[{first}].label, {same}"
+            )
+    return found
 
 
 def not_open(state: str, why: str = "it takes no votes") -> Refusal:

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from tally.command.v1.command_service_pb2 import CertifyPollResponse, CreatePollResponse
 from tally.poll.v1.poll_pb2 import PollSpec
 
-from command_server.poll import Change, Decision, Poll, create_poll, request_certification
+from command_server.poll import Change, Decision, Poll, create_poll, look_alikes, request_certification
 from contracts.bus import MAX_PAYLOAD_BYTES
 from contracts.freshness import token
 from contracts.refusals import invalid_request, poll_not_found
@@ -144,7 +144,7 @@ def _columns(change: Change) -> tuple[str, bytes, datetime | None, datetime | No
     rules of a poll; a poll that was written under other rules goes on."""
     state, event, spec = change
     written = event.HasField("poll_created") or event.HasField("poll_updated")
-    if written and (broken := violations(spec)):
+    if written and (broken := violations(spec) or look_alikes(spec)):
         raise invalid_request({f"poll.{field}" if field else "poll": rule for field, rule in broken.items()})
     opens_at, closes_at = _moment(spec, "opens_at"), _moment(spec, "closes_at")
     payload = event.SerializeToString()

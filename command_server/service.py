@@ -14,9 +14,7 @@ from command_server.ballot_box import BallotBox
 from command_server.ballot_queue import Recorded, Verdicts
 from command_server.ballots import Envelope, Reader
 from command_server.poll import (
-    MAX_VOTER_ID_CHARACTERS,
     cancel_poll,
-    check_voter_id,
     close_poll,
     open_poll,
     update_poll,
@@ -26,6 +24,7 @@ from command_server.polls import Poll, Polls
 from command_server.roll import Roll
 from contracts.freshness import token
 from contracts.refusals import Refusal, invalid_request
+from contracts.text import MAX_VOTER_ID
 from contracts.voters import KEY_BYTES, VoterKeys
 from runtime.serving import check, checks_itself, read_message, reads_bytes
 
@@ -90,7 +89,10 @@ class CommandService(CommandServiceServicer):
                 raise invalid_request({"poll_id": "must be the same in all requests of a call"})
             poll_id = request.poll_id
             # The first of several entries for one voter is the one that counts.
-            weights = {self._voters.voter_key(v.voter_id): v.weight or 1 for v in reversed(request.voters)}
+            weights: dict[bytes, int] = {}
+            for index, voter in enumerate(request.voters):
+                key = self._voters.voter_key(voter.voter_id, f"voters[{index}].voter_id")
+                weights.setdefault(key, voter.weight or 1)
             registered = await self._roll.register(UUID(poll_id), weights)
             response.registered += registered.voters
             response.already_registered += len(request.voters) - registered.voters
@@ -104,7 +106,7 @@ class CommandService(CommandServiceServicer):
         poll = self._polls.known(request.poll_id)
         voter_id, option_ids = request.voter_id, request.option_ids
         mark = poll.markings.get(option_ids[0]) if poll and len(option_ids) == 1 else None
-        if not (poll and mark and 0 < len(voter_id) <= MAX_VOTER_ID_CHARACTERS):
+        if not (poll and mark and 0 < len(voter_id) <= MAX_VOTER_ID):
             # Any but the most usual vote: that one has just been seen to keep every rule of its message.
             check(request)
             poll = await self._polls.find(request.poll_id)
@@ -180,9 +182,7 @@ class CommandService(CommandServiceServicer):
             for index, vote in enumerate(request.votes):
                 if marked[index] is None:
                     try:
-                        marked[index] = self._voters.voter_key(check_voter_id(vote.voter_id)) + poll.mark(
-                            vote.option_ids
-                        )
+                        marked[index] = self._voters.voter_key(vote.voter_id) + poll.mark(vote.option_ids)
                     except Refusal as refusal:
                         batch.reject(index, refusal)
         ballots = [ballot for ballot in marked if ballot is not None]

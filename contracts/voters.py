@@ -3,6 +3,9 @@
 from hashlib import blake2b
 from uuid import UUID
 
+from contracts.refusals import invalid_request
+from contracts.text import voter_id_problem
+
 KEY_BYTES = 16
 # Keeps voter keys apart from other hashes that are made with the same secret.
 PERSON = b"tally voter"
@@ -19,8 +22,11 @@ class VoterKeys:
         self._voters = blake2b(digest_size=KEY_BYTES, key=self.secret, person=PERSON)
         self._receipts = blake2b(digest_size=KEY_BYTES, key=self.secret, person=b"tally receipt")
 
-    def voter_key(self, voter_id: str) -> bytes:
-        """The 16 bytes that stand for this voter in every poll."""
+    def voter_key(self, voter_id: str, field: str = "voter_id") -> bytes:
+        """The 16 bytes that stand for this voter in every poll. Raises INVALID_REQUEST for the field where it holds no
+        voter id (contracts/text.py): only what every caller would write the same becomes a key."""
+        if problem := voter_id_problem(voter_id):
+            raise invalid_request({field: problem})
         digest = self._voters.copy()
         digest.update(voter_id.encode())
         return digest.digest()

@@ -7,6 +7,7 @@ from google.protobuf.message import DecodeError
 from tally.command.v1.command_service_pb2 import CastVotesRequest, Vote
 
 from command_server import ballots
+from contracts.text import is_plain_voter_id, voter_id_problem
 from contracts.voters import VoterKeys
 
 VOTERS = VoterKeys("a secret that only tests use, 32+ chars")
@@ -18,8 +19,7 @@ READER = ballots.Reader(VOTERS)
 
 def expected(vote: Vote) -> bytes | None:
     """The ballot of a plain vote, by hashlib."""
-    plain = vote.voter_id.isascii() and 0 < len(vote.voter_id) <= 256 and len(vote.option_ids) == 1
-    if not plain or vote.option_ids[0] not in MARKINGS:
+    if not is_plain_voter_id(vote.voter_id) or len(vote.option_ids) != 1 or vote.option_ids[0] not in MARKINGS:
         return None
     return VOTERS.voter_key(vote.voter_id) + MARKINGS[vote.option_ids[0]]
 
@@ -63,6 +63,12 @@ def test_a_voter_of_any_length_has_the_same_key_as_everywhere_else(length: int) 
         Vote(voter_id="", option_ids=["yes"]),
         Vote(voter_id="a" * 257, option_ids=["yes"]),
         Vote(voter_id="josé", option_ids=["yes"]),
+        Vote(voter_id=" ada", option_ids=["yes"]),
+        Vote(voter_id="ada ", option_ids=["yes"]),
+        Vote(voter_id=" ", option_ids=["yes"]),
+        Vote(voter_id="a\tda", option_ids=["yes"]),
+        Vote(voter_id="ada\0", option_ids=["yes"]),
+        Vote(voter_id="x" * 200 + "\x7f" + "x" * 50, option_ids=["yes"]),
         Vote(voter_id="ada", option_ids=["yes", "no"]),
         Vote(voter_id="ada", option_ids=["maybe"]),
         Vote(voter_id="ada", option_ids=[""]),
@@ -72,6 +78,14 @@ def test_what_is_not_plain_is_left_to_the_rules(vote: Vote) -> None:
     plain = Vote(voter_id="bob", option_ids=["no"])
     data = CastVotesRequest(votes=[plain, vote, plain]).SerializeToString()
     assert READER.mark(data, MARKINGS) == [expected(plain), None, expected(plain)]
+
+
+def test_every_byte_at_every_end_is_judged_as_the_rules_judge_it() -> None:
+    ids = [f"{before}{chr(byte)}{after}" for byte in range(128) for before in ("", "a") for after in ("", "z" * 40)]
+    votes = [Vote(voter_id=voter_id, option_ids=["yes"]) for voter_id in ids]
+    marked = READER.mark(CastVotesRequest(votes=votes).SerializeToString(), MARKINGS)
+    assert [ballot is not None for ballot in marked] == [voter_id_problem(voter_id) == "" for voter_id in ids]
+    assert marked == [expected(vote) for vote in votes]
 
 
 def test_unusual_encodings_are_left_to_protobuf() -> None:

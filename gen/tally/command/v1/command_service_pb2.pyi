@@ -343,7 +343,9 @@ class Voter(message.Message):
     VOTER_ID_FIELD_NUMBER: builtins.int
     WEIGHT_FIELD_NUMBER: builtins.int
     voter_id: builtins.str
-    """voter_id says who may vote, in the caller's own terms; 1 to 256 characters. Only a keyed hash of it is stored."""
+    """voter_id says who may vote, in the caller's own terms; 1 to 256 characters, as in CastVoteRequest. Only a keyed hash of
+    it is stored.
+    """
     weight: builtins.int
     """weight is how much the voter's vote counts, up to 1,000,000; 0 means 1. It cannot be changed later."""
     def __init__(
@@ -398,7 +400,10 @@ class CastVoteRequest(message.Message):
     poll_id: builtins.str
     """poll_id is the poll to vote in; a UUID."""
     voter_id: builtins.str
-    """voter_id says who votes, in the caller's own terms; 1 to 256 characters. Only a keyed hash of it is stored."""
+    """voter_id says who votes, in the caller's own terms; 1 to 256 characters (code points) in Unicode normal form C, without
+    control or invisible characters, and without white space at its ends. Otherwise it is INVALID_REQUEST, and the message
+    names the character. It is compared as it is: "Ada" and "ada" are two voters. Only a keyed hash of it is stored.
+    """
     @builtins.property
     def option_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """option_ids are the chosen options, each once: one in a SINGLE_CHOICE poll, up to max_choices in an APPROVAL poll."""
@@ -485,7 +490,9 @@ class Vote(message.Message):
     VOTER_ID_FIELD_NUMBER: builtins.int
     OPTION_IDS_FIELD_NUMBER: builtins.int
     voter_id: builtins.str
-    """voter_id says who votes, in the caller's own terms; 1 to 256 characters. Only a keyed hash of it is stored."""
+    """voter_id says who votes, in the caller's own terms; 1 to 256 characters, as in CastVoteRequest. Only a keyed hash of it
+    is stored.
+    """
     @builtins.property
     def option_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """option_ids are the chosen options, each once: one in a SINGLE_CHOICE poll, up to max_choices in an APPROVAL poll."""

@@ -205,7 +205,9 @@ class PollOption(message.Message):
     option_id: builtins.str
     """option_id names the option in votes and results; 1 to 100 characters, none of them NUL; unique within its poll."""
     label: builtins.str
-    """label is what people see; 1 to 200 characters, none of them NUL."""
+    """label is what people see; 1 to 200 characters, none of them NUL. No two labels of a poll may look the same: differ only
+    in letter case, white space, invisible characters or Unicode forms (as composed and decomposed letters, full width).
+    """
     def __init__(
         self,
         *,

@@ -612,7 +612,7 @@ class GetVoteRequest(message.Message):
     poll_id: builtins.str
     """poll_id is the poll that was voted in; a UUID."""
     voter_id: builtins.str
-    """voter_id says who voted, as given to CastVote; 1 to 256 characters."""
+    """voter_id says who voted, as given to CastVote; 1 to 256 characters, as in CastVoteRequest."""
     at_least_as_fresh: builtins.str
     """at_least_as_fresh is a consistency_token: the answer shows that command's effect. Empty: the newest state at hand."""
     def __init__(
@@ -907,7 +907,7 @@ class ListVoterVotesRequest(message.Message):
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
     AT_LEAST_AS_FRESH_FIELD_NUMBER: builtins.int
     voter_id: builtins.str
-    """voter_id says who voted, as given to CastVote; 1 to 256 characters."""
+    """voter_id says who voted, as given to CastVote; 1 to 256 characters, as in CastVoteRequest."""
     page_size: builtins.int
     """page_size is the most votes to return, up to 1,000; 0 means 50."""
     page_token: builtins.str
