@@ -19,7 +19,7 @@ from tally.query.v1.query_service_pb2 import (
 from clients.charts import state_name
 from clients.connection import Address, QueryServer, find_address, query
 from clients.moments import duration, moment
-from clients.options import DEFAULT_DATA_DIR, DataDir, Fresh, OutputOption, PollId, QueryAddress
+from clients.options import DEFAULT_DATA_DIR, DataDir, Fresh, OutputOption, PollId, QueryAddress, read_by
 from clients.output import Output, console, plain, print_json, say, shown
 
 _PAGE = 500
@@ -33,18 +33,20 @@ def turnout(
     bucket: Annotated[
         timedelta | None,
         typer.Option(
-            parser=duration,
+            parser=read_by(duration),
             metavar="DURATION",
             help="How long a line of the chart is: 10s, 5m, 1h, 1d. Default: at most 100 lines.",
         ),
     ] = None,
     begin: Annotated[
         datetime | None,
-        typer.Option("--from", parser=moment, metavar="TIME", help="Default: when the poll was opened."),
+        typer.Option("--from", parser=read_by(moment), metavar="TIME", help="Default: when the poll was opened."),
     ] = None,
     end: Annotated[
         datetime | None,
-        typer.Option("--to", parser=moment, metavar="TIME", help="Default: when it was closed, or the last change."),
+        typer.Option(
+            "--to", parser=read_by(moment), metavar="TIME", help="Default: when it was closed, or the last change."
+        ),
     ] = None,
     at_least_as_fresh: Fresh = "",
     query_address: QueryAddress = None,

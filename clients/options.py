@@ -1,11 +1,27 @@
 """Arguments and options that several commands share."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from clients.output import Output
+
+ValueT = TypeVar("ValueT")
+
+
+def read_by(parse: Callable[[str], ValueT]) -> Callable[[str], ValueT]:
+    """A parser for an option that says what the ValueError says; Typer would repeat the value and no more."""
+
+    def parser(text: str) -> ValueT:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return parser
+
 
 CommandAddress = Annotated[
     str | None,

@@ -4,7 +4,9 @@ import asyncio
 import json
 import sys
 import uuid
+from collections.abc import Mapping
 from contextlib import aclosing
+from types import MappingProxyType
 from typing import Annotated
 
 import typer
@@ -91,10 +93,12 @@ def create(
     )
     address = find_address("command", command_address, data_dir)
     response = asyncio.run(_create(address, PollSpec(**fields), opened=open_))
+    times = specs.times_shown(opens_at, closes_at)
     if output is Output.JSON:
         print_json(plain(response))
+        _say_times(times)
     else:
-        print_fields({"poll_id": response.poll_id, "state": "OPEN" if open_ else "DRAFT"})
+        print_fields({"poll_id": response.poll_id, "state": "OPEN" if open_ else "DRAFT", **times})
 
 
 @app.command()
@@ -142,7 +146,7 @@ def update(
     )
     address = find_address("command", command_address, data_dir)
     response = asyncio.run(command(address, lambda commands: commands.UpdatePoll, request))
-    _print_change(poll, "DRAFT", response, output)
+    _print_change(poll, "DRAFT", response, output, specs.times_shown(opens_at, closes_at))
 
 
 @app.command("open")
@@ -350,11 +354,19 @@ def _print_change(
     state: str,
     response: UpdatePollResponse | OpenPollResponse | ClosePollResponse | CancelPollResponse | CertifyPollResponse,
     output: Output,
+    times: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     if output is Output.JSON:
         print_json({"poll_id": poll_id, **plain(response)})
+        _say_times(times)
     else:
-        print_fields({"poll_id": poll_id, "state": state})
+        print_fields({"poll_id": poll_id, "state": state, **times})
+
+
+def _say_times(times: Mapping[str, str]) -> None:
+    """Beside data for programs, what a person who wrote a time in local time wants to see."""
+    for name, when in times.items():
+        say(f"{name}: {when}")
 
 
 async def _create(address: Address, spec: PollSpec, *, opened: bool) -> CreatePollResponse:

@@ -7,7 +7,8 @@ import typer
 from google.protobuf.timestamp_pb2 import Timestamp
 from tally.poll.v1.poll_pb2 import Eligibility, PollOption, ResultsVisibility, VotingMethod
 
-from clients.moments import moment
+from clients.moments import coming_moment, in_both_zones
+from clients.options import read_by
 
 _MOMENT = "TIME | +DURATION"
 _MOMENT_HELP = "2026-05-01T20:15+02:00; without an offset: local time; +10m, +1h30m or +2d: from now on."
@@ -46,11 +47,14 @@ ResultsAfterClose = Annotated[
     ),
 ]
 OpensAt = Annotated[
-    datetime | None, typer.Option(parser=moment, metavar=_MOMENT, help=f"When the poll opens by itself. {_MOMENT_HELP}")
+    datetime | None,
+    typer.Option(parser=read_by(coming_moment), metavar=_MOMENT, help=f"When the poll opens by itself. {_MOMENT_HELP}"),
 ]
 ClosesAt = Annotated[
     datetime | None,
-    typer.Option(parser=moment, metavar=_MOMENT, help="When the poll closes by itself; written like --opens-at."),
+    typer.Option(
+        parser=read_by(coming_moment), metavar=_MOMENT, help="When the poll closes by itself; written like --opens-at."
+    ),
 ]
 
 
@@ -84,6 +88,12 @@ def given(
         "closes_at": _timestamp(closes_at),
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def times_shown(opens_at: datetime | None, closes_at: datetime | None) -> dict[str, str]:
+    """The times that were given, by name, as the instants that were understood."""
+    times = {"opens_at": opens_at, "closes_at": closes_at}
+    return {name: in_both_zones(when) for name, when in times.items() if when is not None}
 
 
 _METHODS = {True: VotingMethod.VOTING_METHOD_APPROVAL, False: VotingMethod.VOTING_METHOD_SINGLE_CHOICE}
