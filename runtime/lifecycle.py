@@ -46,7 +46,11 @@ def settle_memory() -> None:
 def announce(event: str, settings: Settings, **details: object) -> None:
     """Says, in the log and in the ready file, that the process does its work from now on."""
     if settings.ready_file:
-        Path(settings.ready_file).write_text(event)
+        try:
+            Path(settings.ready_file).write_text(event)
+        except OSError as error:
+            # The work goes on: whoever waits for the file finds it missing, or empty on a full disk.
+            log.error("the ready file cannot be written", file=settings.ready_file, error=error.strerror)
     log.info(event, **details)
 
 

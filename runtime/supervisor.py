@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -17,7 +18,9 @@ import psutil
 from runtime.lifecycle import Backoff
 
 _LEASH = Path(__file__).with_name("leash.py")
+# A log that is larger is turned over: what it has goes to NAME.log.1, in place of what was there.
 _LOG_LIMIT_BYTES = 20 << 20
+_LOG_LOOK_SECONDS = 5.0
 _LAST_LINES = 10
 _PROBE_SECONDS = 2.0
 _SLOW_START_SECONDS = 10.0
@@ -158,18 +161,23 @@ class Process:
 
     def new_lines(self) -> list[str]:
         """The whole lines that it wrote since the last call."""
-        if not self.log.exists():
+        try:
+            with self.log.open("rb") as log:
+                log.seek(self._log_seen)
+                whole, line_break, _ = log.read().rpartition(b"\n")
+        except OSError:
             return []
-        with self.log.open("rb") as log:
-            log.seek(self._log_seen)
-            whole, line_break, _ = log.read().rpartition(b"\n")
         self._log_seen += len(whole + line_break)
         return whole.decode(errors="replace").splitlines()
 
+    async def bound_log(self) -> None:
+        """Turns the log over if it has become too large, while the process goes on writing to it."""
+        if await asyncio.to_thread(_turn_over, self.log):
+            self._log_start = self._log_seen = 0
+
     async def _spawn(self) -> None:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
         with self._open_log() as log:
-            self._log_start = log.tell()
+            self._log_start = log.tell() if log.seekable() else 0
             try:
                 self._child = await asyncio.create_subprocess_exec(
                     *leashed(self.program.command, self.program.orphan_signal, self.program.user),
@@ -194,10 +202,16 @@ class Process:
             return False
 
     def _open_log(self) -> IO[bytes]:
-        if self.log.exists() and self.log.stat().st_size > _LOG_LIMIT_BYTES:
-            self.log.replace(self.log.with_name(self.log.name + ".1"))
-            self._log_seen = 0
-        return self.log.open("ab")
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            if self.log.exists() and self.log.stat().st_size > _LOG_LIMIT_BYTES:
+                self.log.replace(self.log.with_name(self.log.name + ".1"))
+                self._log_seen = 0
+            return self.log.open("ab")
+        except OSError as error:
+            # A full disk, say: no reason not to run.
+            self._say(f"{self.name} runs without a log: {error}")
+            return open(os.devnull, "ab")
 
 
 class Supervisor:
@@ -216,7 +230,7 @@ class Supervisor:
         self._say = say
         self._on_change = changed
         self._groups: list[tuple[list[Process], float]] = []
-        self._watches: list[asyncio.Task[None]] = []
+        self._watches: list[asyncio.Task[None]] = [tasks.create_task(self._bound_logs())]
 
     async def start(self, programs: Iterable[Program], stop_seconds: float) -> None:
         """Starts programs at once and returns when all serve; from then on each is restarted when it dies.
@@ -248,6 +262,12 @@ class Supervisor:
     async def _stop(self, process: Process, seconds: float) -> None:
         if not await process.stop(seconds):
             self._say(f"{process.name} did not end within {seconds:g} s and was killed")
+
+    async def _bound_logs(self) -> None:
+        while True:
+            await asyncio.sleep(_LOG_LOOK_SECONDS)
+            for process in self.processes:
+                await process.bound_log()
 
     async def _keep(self, process: Process) -> None:
         backoff = Backoff(first=0.1, longest=10.0)
@@ -367,6 +387,31 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _turn_over(log: Path) -> bool:
+    """Moves the content of a log that is too large to NAME.log.1; says whether it did.
+
+    The writer keeps the file open, so what it has is copied, and then the file is emptied: the writer appends, and so
+    it goes on at the beginning. What is written between the two is lost.
+    """
+    try:
+        size = log.stat().st_size
+        if size <= _LOG_LIMIT_BYTES:
+            return False
+        older = log.with_name(log.name + ".1")
+        try:
+            copy = log.with_name(log.name + ".2")
+            shutil.copyfile(log, copy)
+            copy.replace(older)
+        except OSError:
+            copy.unlink(missing_ok=True)
+            if size <= 2 * _LOG_LIMIT_BYTES:
+                return False
+        os.truncate(log, 0)
+    except OSError:
+        return False
+    return True
 
 
 async def _echo(supervisor: Supervisor, echo: Callable[[str, str], None]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from runtime import supervisor
 from runtime.supervisor import Died, Process, Program, Supervisor, supervise
 
 ROOT = Path(__file__).parents[2]
@@ -256,3 +257,41 @@ async def test_the_output_of_all_can_be_watched(tmp_path: Path) -> None:
             await supervisor.start([talks], 5)
             await until(lambda: lines)
         assert lines == [("talks", "first")]
+
+
+async def test_the_log_of_a_process_that_goes_on_writing_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "_LOG_LIMIT_BYTES", 100_000)
+    monkeypatch.setattr(supervisor, "_LOG_LOOK_SECONDS", 0.01)
+    talks = program(
+        tmp_path,
+        "talks",
+        """
+        open(READY, 'w').close()
+        number = 0
+        while True:
+            number += 1
+            os.write(1, b"line %d\\n" % number)
+            if not number % 100: time.sleep(0.001)
+        """,
+    )
+    log, older = tmp_path / "logs" / "talks.log", tmp_path / "logs" / "talks.log.1"
+    async with supervising(tmp_path, 5, talks) as watched:
+        pid = watched.process("talks").pid
+        for _ in range(3):
+            await until(older.exists)
+            last = older.read_bytes()
+            older.unlink()
+            assert last.startswith(b"line ")
+            assert log.stat().st_size < 20_000_000
+        assert watched.process("talks").pid == pid
+        await until(lambda: watched.process("talks").last_lines().count("line ") == 10)
+
+
+async def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("no folder")
+    async with supervising(tmp_path, 5, program(tmp_path, "one")) as watched:
+        assert watched.process("one").pid
+        assert watched.process("one").last_lines() == ""
+    assert watched.said == [f"one runs without a log: [Errno 17] File exists: '{tmp_path / 'logs'}'"]
