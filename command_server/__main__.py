@@ -15,6 +15,7 @@ from command_server.poll_log import PollLog
 from command_server.polls import Polls
 from command_server.roll import Roll
 from command_server.service import CommandService
+from command_server.vote_log import VoteLog
 from contracts.failures import status_of
 from contracts.voters import VoterKeys
 from runtime import lifecycle, postgres, serving, telemetry, workers
@@ -52,7 +53,7 @@ async def serve(settings: CommandSettings, stop: asyncio.Event, ready: Callable[
     """Serves until `stop`, then records what was accepted. `ready` gets the port."""
     pool = await postgres.connect_pool(settings.write_dsn, size=COMMITTERS + 5, application="command_server")
     polls = Polls(pool)
-    box = BallotBox(pool, polls)
+    box = BallotBox(VoteLog(pool, polls))
     service = CommandService(PollLog(pool), Roll(pool), polls, box, VoterKeys(settings.voter_secret))
 
     server = serving.new_server(share_port=settings.worker)

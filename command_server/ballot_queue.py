@@ -13,6 +13,7 @@ import asyncio
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from itertools import chain, islice
+from math import inf
 from typing import NamedTuple
 from uuid import UUID
 
@@ -76,15 +77,22 @@ class Submission:
     """The ballots of one call, at least one, in the order in which they were sent, and the future that says what became
     of them."""
 
-    def __init__(self, ballots: list[bytes], since: float, verdicts: "asyncio.Future[Verdicts]") -> None:
+    def __init__(
+        self, ballots: list[bytes], since: float, verdicts: "asyncio.Future[Verdicts]", deadline: float = inf
+    ) -> None:
         self.ballots = ballots
-        # When it came, by the loop's clock.
+        # When it came, and when its caller stops waiting at the latest, by the loop's clock.
         self.since = since
+        self.deadline = deadline
         self.verdicts = verdicts
         self._unsettled = len(ballots)
         self._recorded: Recorded | None = None
         self._others: dict[int, Verdict] = {}
         self._places: list[list[int]] | None = None
+
+    def is_awaited(self, now: float) -> bool:
+        """Whether its caller still waits, as far as the server knows."""
+        return not self.verdicts.done() and now < self.deadline
 
     def pieces(self) -> "list[Piece]":
         """The ballots by ranges of keys; within a range they stay in their order."""

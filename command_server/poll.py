@@ -193,6 +193,14 @@ def already_voted() -> Refusal:
     return Refusal(ErrorReason.ERROR_REASON_ALREADY_VOTED, "this voter chose otherwise before; that vote stands")
 
 
+def vote_conflict() -> Refusal:
+    """The answer to a vote that would replace one which was recorded while it was under way."""
+    return Refusal(
+        ErrorReason.ERROR_REASON_VOTE_CONFLICT,
+        "another vote of this voter was recorded while this one was under way; that vote stands",
+    )
+
+
 def not_eligible() -> Refusal:
     """The answer to a voter who is not on the roll."""
     return Refusal(ErrorReason.ERROR_REASON_VOTER_NOT_ELIGIBLE, "this voter is not on the poll's electoral roll")

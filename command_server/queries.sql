@@ -65,12 +65,19 @@ SELECT version, recorded_at, log_epoch FROM record_votes($1, $2, '{}', '{}', $3)
 -- find_weights: those of these voters that are on the roll
 SELECT ballot_key, weight FROM roll WHERE ballot_key = ANY ($1::uuid[])
 
--- replace_votes: the votes of a batch that are new or chose otherwise than the voter's vote before, with that one's
--- choices; sorted by key, so that two batches with the same voters wait for each other in one order and never deadlock
+-- poll_position: how far a poll's log has come
+SELECT log_epoch, version FROM polls, current_log_epoch WHERE poll_no = $1
+
+-- replace_votes: the votes of a batch that are new, or chose otherwise than the voter's vote before and that one's event is
+-- not after a position in the log; with what that one chose. Sorted by key, so that two batches with the same voters wait
+-- for each other in one order and never deadlock. Also what is not replaced is locked. An event that was committed after
+-- this statement began is not seen, so it is after the position
 INSERT INTO votes (batch_id, ballot_key, choices)
 SELECT $1, ballot_key, choices FROM unnest($2::uuid[], $3::bytea[]) AS vote (ballot_key, choices)
 ON CONFLICT (ballot_key) DO UPDATE SET choices = excluded.choices, batch_id = excluded.batch_id
 WHERE votes.choices <> excluded.choices
+    AND $4 = (SELECT log_epoch FROM current_log_epoch)
+    AND $5 >= (SELECT event.version FROM events AS event WHERE event.batch_id = votes.batch_id)
 RETURNING ballot_key, old.choices AS replaced
 
 -- find_votes: what these voters chose, and which event counts it

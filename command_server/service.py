@@ -1,7 +1,9 @@
 """The RPCs of CommandService: each handler reads its request, calls, and translates the outcome."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
+from math import inf
 from typing import Any
 from uuid import UUID
 
@@ -112,7 +114,9 @@ class CommandService(CommandServiceServicer):
             poll = await self._polls.find(request.poll_id)
             mark = poll.mark(option_ids)
         voter_key = self._voters.voter_key(voter_id)
-        recorded = (await self._box.cast(poll, voter_key + mark)).of(0)
+        # Elsewhere a vote whose caller has gone is harmless: the voter's first one counts.
+        deadline = _deadline(context) if poll.spec.allow_vote_change else inf
+        recorded = (await self._box.cast(poll, voter_key + mark, deadline)).of(0)
         if isinstance(recorded, Refusal):
             # All votes of a commit share it: without this, each of them would lengthen its traceback.
             raise recorded.with_traceback(None)
@@ -127,7 +131,9 @@ class CommandService(CommandServiceServicer):
         self, requests: AsyncIterator[bytes], context: Context
     ) -> None:
         under_way: asyncio.Queue[_Batch | Exception | None] = asyncio.Queue(STREAM_IN_FLIGHT)
+        unanswered: deque[_Batch] = deque()
         in_flight = 0
+        deadline = _deadline(context)
 
         def count(votes: int) -> None:
             nonlocal in_flight
@@ -142,7 +148,8 @@ class CommandService(CommandServiceServicer):
                     while in_flight and self._in_flight >= VOTES_IN_FLIGHT:
                         self._fewer.clear()
                         await self._fewer.wait()
-                    batch = await self._submit(request)
+                    batch = await self._submit(request, deadline)
+                    unanswered.append(batch)
                     count(batch.votes)
                     await under_way.put(batch)
             except Exception as error:  # noqa: BLE001 - what came before it is answered first
@@ -156,11 +163,14 @@ class CommandService(CommandServiceServicer):
                     if isinstance(batch, Exception):
                         raise batch
                     await context.write(await batch.answer())
+                    unanswered.popleft()
                     count(-batch.votes)
         finally:
+            for batch in unanswered:
+                batch.abandon()
             count(-in_flight)
 
-    async def _submit(self, data: bytes) -> "_Batch":
+    async def _submit(self, data: bytes, deadline: float) -> "_Batch":
         """Puts the valid votes of a batch into the ballot box; the others are rejected one by one."""
         request = None
         envelope = self._reader.envelope(data)
@@ -187,8 +197,14 @@ class CommandService(CommandServiceServicer):
                         batch.reject(index, refusal)
         ballots = [ballot for ballot in marked if ballot is not None]
         if ballots:
-            batch.verdicts = await self._box.cast_all(poll, ballots)
+            batch.verdicts = await self._box.cast_all(poll, ballots, deadline)
         return batch
+
+
+def _deadline(context: Context) -> float:
+    """When the caller stops waiting, by the loop's clock."""
+    remaining = context.time_remaining()
+    return inf if remaining is None else asyncio.get_running_loop().time() + remaining
 
 
 class _Answer:
@@ -225,6 +241,11 @@ class _Batch:
     def reject(self, index: int, refusal: Refusal) -> None:
         """Says why a vote does not count. The refusal is not kept: its traceback would keep the request."""
         self._response.rejections.add(index=index, reason=refusal.reason, message=refusal.message)
+
+    def abandon(self) -> None:
+        """Its caller has gone: a vote of it that waits for its turn takes the place of none."""
+        if self.verdicts is not None:
+            self.verdicts.cancel()
 
     async def answer(self) -> pb.CastVotesResponse:
         """The answer, once all votes are judged."""

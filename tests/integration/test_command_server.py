@@ -26,7 +26,7 @@ from tally.event.v1.event_pb2 import Event
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 from tally.poll.v1.poll_pb2 import VOTING_METHOD_SINGLE_CHOICE, PollOption, PollSpec
 
-from command_server import ballot_box, ballot_queue, ballots, polls
+from command_server import ballot_box, ballot_queue, ballots, polls, vote_log
 from command_server import service as command_service
 from command_server.service import MAX_BATCH_VOTES
 from contracts import freshness
@@ -551,13 +551,13 @@ async def test_a_vote_for_a_draft_does_not_hold_up_those_after_its_opening(
     server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     released = asyncio.Event()
-    judge = ballot_box.BallotBox._record_none
+    judge = vote_log.VoteLog._record_none
 
     async def judge_late(*arguments: Any) -> Any:
         await released.wait()
         return await judge(*arguments)
 
-    monkeypatch.setattr(ballot_box.BallotBox, "_record_none", judge_late)
+    monkeypatch.setattr(vote_log.VoteLog, "_record_none", judge_late)
     poll_id = await draft_poll(server)
     early = asyncio.create_task(refused(server.CastVote(vote(poll_id, "ada", "mon"))))
     while not ballot_box._waiting._value.get():
@@ -627,7 +627,7 @@ async def _raise(error: BaseException) -> None:
 async def test_an_unreachable_database_is_said_so_and_the_vote_can_be_repeated(
     stores: Stores, write_dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ballot_box, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(vote_log, "PATIENCE_SECONDS", 0.3)
     monkeypatch.setattr(polls, "PATIENCE_SECONDS", 0.3)
     database = write_dsn.partition("?")[0].rpartition("/")[2]
     async with command_server(write_dsn) as server:

@@ -31,7 +31,7 @@ from tally.poll.v1.poll_pb2 import (
     PollSpec,
 )
 
-from command_server import ballot_box, caretaker, recount
+from command_server import caretaker, recount, vote_log
 from command_server.ballots import option_numbers
 from contracts import freshness
 from contracts.counting import added_votes, count_changes
@@ -103,20 +103,21 @@ def reasons(response: pb.CastVotesResponse) -> dict[int, str]:
 
 
 def lose_a_reply(monkeypatch: pytest.MonkeyPatch, way: str, meanwhile: Callable[[], Awaitable[None]]) -> None:
-    """Has the next commit by this way of the ballot box fail unseen: it takes effect, but its server does not hear of
+    """Has the next commit by this way of the vote log fail unseen: it takes effect, but its server does not hear of
     it, and something else happens before it tries again."""
-    real, lost = getattr(ballot_box.BallotBox, way), False
+    real, lost = getattr(vote_log.VoteLog, way), False
 
     async def losing(*arguments: Any) -> Any:
         nonlocal lost
-        verdicts = await real(*arguments)
+        await real(*arguments)
         if not lost:
             lost = True
+            [batch] = [argument for argument in arguments if isinstance(argument, vote_log.Batch)]
+            batch.verdicts = None
             await meanwhile()
             raise ConnectionResetError
-        return verdicts
 
-    monkeypatch.setattr(ballot_box.BallotBox, way, losing)
+    monkeypatch.setattr(vote_log.VoteLog, way, losing)
 
 
 class Log:
@@ -294,7 +295,7 @@ class TestVoteChange:
         async with command_server(write_dsn) as one, command_server(write_dsn) as two:
             poll_id = await open_poll(one, allow_vote_change=True)
             await one.CastVote(vote(poll_id, "ada", "a"))
-            standing, changes = ballot_box.BallotBox._standing, list[asyncio.Future[Any]]()
+            standing, changes = vote_log.VoteLog._standing, list[asyncio.Future[Any]]()
 
             async def late(*arguments: Any) -> Any:
                 if not changes:
@@ -302,7 +303,7 @@ class TestVoteChange:
                     await asyncio.wait(changes, timeout=0.5)
                 return await standing(*arguments)
 
-            monkeypatch.setattr(ballot_box.BallotBox, "_standing", late)
+            monkeypatch.setattr(vote_log.VoteLog, "_standing", late)
             assert (await one.CastVote(vote(poll_id, "ada", "a"))).already_recorded
             assert not (await changes[0]).already_recorded
             assert (await read(write_dsn, poll_id)).counts == Counter(b=1)
@@ -322,7 +323,7 @@ class TestVoteChange:
                     await close(two, poll_id)
 
             lose_a_reply(monkeypatch, "_replace_some", meanwhile)
-            look, looks = ballot_box.BallotBox._recorded_unseen, 0
+            look, looks = vote_log.VoteLog._recorded_unseen, 0
 
             async def look_early(*arguments: Any) -> Any:
                 """As if the first attempt took effect only after the next one had looked for that."""
@@ -330,7 +331,7 @@ class TestVoteChange:
                 looks += 1
                 return None if early and looks == 1 else await look(*arguments)
 
-            monkeypatch.setattr(ballot_box.BallotBox, "_recorded_unseen", look_early)
+            monkeypatch.setattr(vote_log.VoteLog, "_recorded_unseen", look_early)
             response = await cast(one, poll_id, ("bob", "a"), ("ada", "a"), ("eve", "c"))
             assert (response.accepted, response.already_recorded, reasons(response)) == (2, 1, {})
             log = await read(write_dsn, poll_id)
@@ -395,7 +396,7 @@ class TestRoll:
         async def meanwhile() -> None:
             await register(server, poll_id, {"bob": 1})
 
-        lose_a_reply(monkeypatch, "_record_some", meanwhile)
+        lose_a_reply(monkeypatch, "_record_first", meanwhile)
         votes = (("ada", "a"), ("bob", "a"), ("ada", "a"), ("ada", "b"))
         response = await cast(server, poll_id, *votes)
         assert (response.accepted, response.already_recorded) == (1, 1)

@@ -1,0 +1,419 @@
+"""The vote log: records batches of ballots in the write database, each with its event, as a whole or not at all.
+
+A batch holds ballots of one poll, and becomes one event. The votes go in first, without any lock but that of their own
+keys; only then is the poll's row locked, to check that it is open and to take the next version for the event.
+"""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime
+from enum import Enum
+from itertools import chain
+from random import Random
+from typing import NamedTuple
+
+import asyncpg
+import structlog
+from asyncpg.pgproto.pgproto import UUID
+from google.protobuf.timestamp_pb2 import Timestamp
+from prometheus_client import Counter as Count
+from prometheus_client import Histogram
+from tally.event.v1.event_pb2 import Event
+
+from command_server import ballots
+from command_server.ballot_queue import SMALL_BATCH, Piece, Recorded, Verdict, Verdicts
+from command_server.poll import CLOSED, OPEN, already_voted, not_eligible, not_open, vote_conflict
+from command_server.polls import Poll, Polls
+from contracts.refusals import Refusal
+from runtime.failpoints import failpoint
+from runtime.lifecycle import Backoff
+from runtime.postgres import POOL_SECONDS, UNAVAILABLE, queries
+
+log = structlog.get_logger()
+sql = queries(__package__)
+
+# One attempt, and all attempts together, in seconds.
+ATTEMPT_SECONDS = 10.0
+PATIENCE_SECONDS = 15.0
+# A ballot that waited for longer than the first of these, in seconds, may be of a caller who has gone, which the server
+# has been told of and has not read yet: it gets the second one for that.
+_LONG_WAIT_SECONDS = 0.1
+_READ_SECONDS = 0.02
+
+_votes = Count("tally_votes_recorded", "Votes made durable.")
+_batch_votes = Histogram("tally_commit_votes", "Votes in one commit.", buckets=[4**power for power in range(9)])
+_failures = Count("tally_commit_failures", "Attempts to commit that failed.")
+_duplicates = Count("tally_commit_duplicates", "Batches that held a voter who had voted before.")
+_conflicts = Count(
+    "tally_vote_conflicts", "Votes that were not recorded because another one of their voter came between."
+)
+
+# SQLSTATE of record_votes where the poll takes no votes.
+_NOT_OPEN = "TA001"
+# A part of the statement in record_votes that locks the poll's row.
+_POLL_STATEMENT = "UPDATE polls"
+# The most polls of which repeats are expected that are kept in mind.
+_MOST_REPEATING = 100_000
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Lock(Enum):
+    """What another transaction holds, so that a batch could not be recorded."""
+
+    POLL = "poll"
+    VOTES = "votes"
+
+
+class Batch:
+    """Ballots of one poll for one event."""
+
+    def __init__(self, poll: Poll, pieces: Sequence[Piece]) -> None:
+        self.poll = poll
+        self.pieces = pieces
+        self.ballots = _ballots(pieces)
+        # Of the event and of its votes: there is one event with it at most.
+        self.batch_id = 0
+        # How far the poll's log had come when the callers of all ballots still waited: no later vote is replaced.
+        self.seen: _Position | None = None
+        # Whether all voters are taken for new, which the key of their votes decides.
+        self.all_new = not poll.has_roll
+        # Whether an attempt failed, and may have taken effect all the same.
+        self.unsure = False
+        # What became of it: one of these.
+        self.verdicts: Verdicts | None = None
+        self.lock: Lock | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is nothing more to try."""
+        return self.verdicts is not None or self.lock is not None
+
+    def drop_gone(self, now: float) -> None:
+        """Leaves the ballots out whose callers wait no longer."""
+        self.pieces = [piece for piece in self.pieces if piece.submission.is_awaited(now)]
+        self.ballots = _ballots(self.pieces)
+
+
+def _ballots(pieces: Iterable[Piece]) -> list[bytes]:
+    return list(chain.from_iterable([piece.ballots for piece in pieces]))
+
+
+class _Position(NamedTuple):
+    """How far a poll's log had come."""
+
+    log_epoch: UUID
+    version: int
+
+
+class VoteLog:
+    """Appends votes to polls in the write database."""
+
+    def __init__(self, pool: asyncpg.Pool, polls: Polls) -> None:
+        self._pool = pool
+        self._polls = polls
+        # Connections that worked last time; at most one for each that records at once.
+        self._idle: list[asyncpg.Connection] = []
+        # By poll_no: polls whose latest batch held voters who had voted before. So may the next. Emptied when full.
+        self._repeating: set[int] = set()
+        # Chance from the system, without a system call for each batch.
+        self._random = Random(secrets.token_bytes(32))
+
+    async def record(self, batches: Sequence[Batch]) -> None:
+        """Tries until each batch has its verdicts, or is found locked, or patience ends: then it raises why.
+
+        Whether a failed attempt took effect is unknown; the next one finds out by the batch_id.
+        """
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        backoff = Backoff(longest=0.5)
+        for batch in batches:
+            batch.batch_id = self._random.getrandbits(63)
+            batch.all_new = batch.all_new and batch.poll.poll_no not in self._repeating
+        while waiting := [batch for batch in batches if not batch.settled]:
+            try:
+                until = min(loop.time() + ATTEMPT_SECONDS, started + PATIENCE_SECONDS)
+                async with asyncio.timeout_at(until), self._connection() as connection:
+                    for batch in waiting:
+                        if batch.unsure:
+                            batch.verdicts = await self._recorded_unseen(connection, batch)
+                    await self._attempt(connection, [batch for batch in waiting if not batch.settled])
+            except asyncpg.UniqueViolationError as error:
+                # The latter where a failed attempt takes effect only now, and others' votes have replaced some of it.
+                if error.constraint_name not in ("votes_pkey", "events_batch_id"):
+                    raise
+                for batch in waiting:
+                    self._expect_repeats(batch)
+            except (*UNAVAILABLE, asyncpg.DeadlockDetectedError) as error:
+                _failures.inc()
+                votes = sum(len(batch.ballots) for batch in waiting)
+                log.warning("commit failed", error=repr(error), votes=votes, failures=backoff.failures + 1)
+                if loop.time() >= started + PATIENCE_SECONDS:
+                    raise
+                for batch in waiting:
+                    batch.unsure = True
+                await backoff.wait()
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[asyncpg.Connection]:
+        """A connection for one attempt, kept for the next one after a success: the way through the pool would cost each
+        small commit several turns of the loop."""
+        connection = self._idle.pop() if self._idle else None
+        if connection is None or connection.is_closed():
+            connection = await self._pool.acquire(timeout=POOL_SECONDS)
+        try:
+            yield connection
+        except BaseException:
+            await self._pool.release(connection, timeout=POOL_SECONDS)
+            raise
+        self._idle.append(connection)
+
+    async def _attempt(self, connection: asyncpg.Connection, batches: Sequence[Batch]) -> None:
+        """Settles some batches; those that it leaves are tried again."""
+        for batch in batches:
+            if batch.poll.state != OPEN:
+                await self._record_none(connection, batch)
+            elif batch.poll.spec.allow_vote_change and not batch.all_new:
+                await self._replace_some(connection, batch)
+            else:
+                await self._record_first(connection, batch)
+
+    @contextmanager
+    def _outcome_of(self, batches: Sequence[Batch]) -> Iterator[None]:
+        """Tells batches, of which none was recorded, why."""
+        try:
+            yield
+        except asyncpg.LockNotAvailableError as error:
+            held = Lock.POLL if _POLL_STATEMENT in (error.context or "") else Lock.VOTES
+            for batch in batches:
+                batch.lock = held
+        except asyncpg.PostgresError as error:
+            if error.sqlstate != _NOT_OPEN:
+                raise
+            [batch] = batches
+            self._close(batch)
+
+    def _close(self, batch: Batch) -> None:
+        self._polls.forget(batch.poll)
+        batch.poll = batch.poll._replace(state=CLOSED)
+
+    def _expect_repeats(self, batch: Batch) -> None:
+        if len(self._repeating) >= _MOST_REPEATING:
+            self._repeating.clear()
+        self._repeating.add(batch.poll.poll_no)
+        batch.all_new = False
+
+    async def _record_first(self, connection: asyncpg.Connection, batch: Batch) -> None:
+        """The first votes of voters, in a poll that takes votes. Where no voter is expected to have one they are tried
+        at once, else each who has one is left out: the key still decides, and where another batch is faster this one
+        fails and is tried again."""
+        if batch.all_new:
+            with self._outcome_of([batch]):
+                batch.verdicts = Verdicts(await self._record_new(connection, batch, batch.ballots), {})
+            return
+        poll, voters = batch.poll, [ballots.voter(ballot) for ballot in batch.ballots]
+        # Of several ballots of one voter the first one counts.
+        first = dict(zip(reversed(voters), reversed(batch.ballots), strict=True))
+        standing = await self._standing(connection, batch, first)
+        if standing or len(first) < len(voters):
+            _duplicates.inc()
+        else:
+            self._repeating.discard(poll.poll_no)
+        weights = await self._weights(connection, poll, first) if poll.has_roll else None
+        eligible = first if weights is None else weights
+        new = {voter: ballot for voter, ballot in first.items() if voter not in standing and voter in eligible}
+        recorded: Recorded | None = None
+        with self._outcome_of([batch]):
+            if new:
+                recorded = await self._record_new(connection, batch, list(new.values()), weights)
+            # Nearly all ballots of a batch are the first of a new voter. Only the others are judged one by one.
+            rest = [index for index, voter in enumerate(voters) if new.pop(voter, None) is None]
+            if recorded:
+                repeated = {voters[index] for index in rest} - standing.keys()
+                again = recorded._replace(already=True)
+                standing |= {v: _Standing(ballots.choices(first[v]), again) for v in repeated if v in eligible}
+            judged = _judge([batch.ballots[index] for index in rest], standing, not_eligible(), already_voted())
+            batch.verdicts = Verdicts(recorded, {index: judged.of(place) for place, index in enumerate(rest)})
+
+    async def _record_new(
+        self,
+        connection: asyncpg.Connection,
+        batch: Batch,
+        new: list[bytes],
+        weights: Mapping[bytes, int] | None = None,
+    ) -> Recorded:
+        """Votes of voters who have none. Fails with UniqueViolationError where one has.
+
+        They are sorted by key, so that two batches with the same voters wait for each other in one order and never
+        deadlock.
+        """
+        new = ballots.in_order(new)
+        poll_no, batch_id = batch.poll.poll_no, batch.batch_id
+        payload = Event(votes_cast=ballots.votes_cast(batch_id, new, weights)).SerializeToString()
+        if len(new) <= SMALL_BATCH:
+            row = await connection.fetchrow(sql.record_votes, poll_no, batch_id, *_columns(poll_no, new), payload)
+        else:
+            async with connection.transaction():
+                await connection.copy_to_table(
+                    "votes",
+                    source=_chunks(ballots.copy_rows(poll_no, batch_id, new)),
+                    columns=ballots.COPY_COLUMNS,
+                    format="binary",
+                )
+                row = await connection.fetchrow(sql.log_votes, poll_no, batch_id, payload)
+                failpoint("command.before_commit")
+        failpoint("command.after_commit")
+        _count(len(new))
+        return _recorded(row)
+
+    async def _replace_some(self, connection: asyncpg.Connection, batch: Batch) -> None:
+        """The way of a batch, without repeated voters, in which votes may take the place of earlier ones.
+
+        Only of those that were recorded before the log was seen at a position: docs/adr/0020. A caller who still waits
+        after that has not sent the voter's next vote before it, so nothing that this replaces was meant to follow.
+        """
+        poll = batch.poll
+        if batch.seen is None:
+            batch.seen = _Position(*await connection.fetchrow(sql.poll_position, poll.poll_no))
+            await self._drop_gone(batch)
+        if not batch.ballots:
+            batch.verdicts = Verdicts(None, {})
+            return
+        mine = {ballots.voter(ballot): ballot for ballot in batch.ballots}
+        weights = await self._weights(connection, poll, mine) if poll.has_roll else None
+        eligible = mine if weights is None else weights
+        candidates = sorted(mine[key] for key in eligible)
+        with self._outcome_of([batch]):
+            async with connection.transaction():
+                columns = _columns(poll.poll_no, candidates)
+                rows = await connection.fetch(sql.replace_votes, batch.batch_id, *columns, *batch.seen)
+                written = {ballots.voter_of(row["ballot_key"]): row["replaced"] for row in rows}
+                # Those that stay are locked too: nobody changes them before this is read.
+                unchanged = [key for key in eligible if key not in written]
+                standing = await self._standing(connection, batch, unchanged) if unchanged else {}
+                if not written and batch.unsure:
+                    # An attempt that took effect only now left nothing to write, and its votes may have been replaced.
+                    batch.verdicts = await self._recorded_unseen(connection, batch)
+                    if batch.verdicts:
+                        return
+                if written:
+                    replaced = {key: choices for key, choices in written.items() if choices is not None}
+                    cast = sorted(mine[key] for key in written)
+                    votes = ballots.votes_cast(batch.batch_id, cast, weights, replaced)
+                    payload = Event(votes_cast=votes).SerializeToString()
+                    row = await connection.fetchrow(sql.log_votes, poll.poll_no, batch.batch_id, payload)
+                    recorded = _recorded(row)
+                    standing |= {key: _Standing(ballots.choices(mine[key]), recorded) for key in written}
+                    if not (replaced or unchanged):
+                        self._repeating.discard(poll.poll_no)
+                    failpoint("command.before_commit")
+            failpoint("command.after_commit")
+            _count(len(written))
+            batch.verdicts = _judge(batch.ballots, standing, not_eligible(), vote_conflict())
+
+    async def _drop_gone(self, batch: Batch) -> None:
+        loop = asyncio.get_running_loop()
+        if any(loop.time() - piece.submission.since > _LONG_WAIT_SECONDS for piece in batch.pieces):
+            await asyncio.sleep(_READ_SECONDS)
+        batch.drop_gone(loop.time())
+
+    async def _record_none(self, connection: asyncpg.Connection, batch: Batch) -> None:
+        """The way of a batch for a poll that is not open: only repeats of recorded votes are not refused."""
+        poll = batch.poll
+        state = await connection.fetchval(sql.poll_state, poll.poll_no)
+        mine = {ballots.voter(ballot): ballot for ballot in batch.ballots}
+        standing = await self._standing(connection, batch, mine)
+        if poll.spec.allow_vote_change:
+            # Another choice would be no second vote, only a late one.
+            standing = {key: vote for key, vote in standing.items() if vote.choices == ballots.choices(mine[key])}
+        batch.verdicts = _judge(
+            batch.ballots, standing, not_open(poll.state if state == OPEN else state), already_voted()
+        )
+
+    async def _recorded_unseen(self, connection: asyncpg.Connection, batch: Batch) -> Verdicts | None:
+        """What became of a batch, if an attempt that seemed to fail took effect. Its event tells, not only the votes:
+        they may have been changed since, and those who were not eligible may have been registered."""
+        row = await connection.fetchrow(sql.find_batch, batch.batch_id)
+        if row is None:
+            return None
+        first = {ballots.voter(ballot): ballot for ballot in reversed(batch.ballots)}
+        standing = await self._standing(connection, batch, first)
+        recorded = _recorded(row)
+        if batch.seen and recorded.position == (batch.seen.log_epoch, batch.seen.version + 1):
+            # What the attempt left out was a repeat then, whatever stands now: nothing came between.
+            standing = {key: vote._replace(choices=ballots.choices(first[key])) for key, vote in standing.items()}
+        for key in ballots.voters(Event.FromString(row["payload"]).votes_cast):
+            if key in first:
+                standing[key] = _Standing(ballots.choices(first[key]), recorded)
+        changes = batch.poll.spec.allow_vote_change
+        return _judge(batch.ballots, standing, not_eligible(), vote_conflict() if changes else already_voted())
+
+    async def _weights(self, connection: asyncpg.Connection, poll: Poll, voters: Iterable[bytes]) -> dict[bytes, int]:
+        """The weights of those voters who are on the roll. They stay: nobody is ever taken off a roll."""
+        rows = await connection.fetch(sql.find_weights, _keys(poll.poll_no, voters))
+        return {ballots.voter_of(row["ballot_key"]): row["weight"] for row in rows}
+
+    async def _standing(
+        self, connection: asyncpg.Connection, batch: Batch, voters: Iterable[bytes]
+    ) -> "dict[bytes, _Standing]":
+        """The recorded votes of these voters; those of the batch itself are not `already` recorded."""
+        rows = await connection.fetch(sql.find_votes, _keys(batch.poll.poll_no, voters))
+        standing = {}
+        for row in rows:
+            recorded = _recorded(row, already=row["batch_id"] != batch.batch_id)
+            standing[ballots.voter_of(row["ballot_key"])] = _Standing(row["choices"], recorded)
+        return standing
+
+
+class _Standing(NamedTuple):
+    """The vote of a voter that counts."""
+
+    choices: bytes
+    recorded: Recorded
+
+
+def _judge(batch: list[bytes], standing: "dict[bytes, _Standing]", without: Refusal, other: Refusal) -> Verdicts:
+    """Judges each ballot by the vote that stands for its voter: `without` is the answer where there is none, `other`
+    where it has another choice."""
+    others: dict[int, Verdict] = {}
+    recorded: Recorded | None = None
+    for index, ballot in enumerate(batch):
+        key = ballots.voter(ballot)
+        vote = standing.get(key)
+        if vote is None:
+            others[index] = without
+        elif vote.choices != ballots.choices(ballot):
+            others[index] = other
+        elif vote.recorded.already:
+            others[index] = vote.recorded
+        else:
+            recorded = vote.recorded
+            # A further ballot of this voter in the batch repeats this one.
+            standing[key] = vote._replace(recorded=recorded._replace(already=True))
+    return Verdicts(recorded, others)
+
+
+def _recorded(row: asyncpg.Record, *, already: bool = False) -> Recorded:
+    since = row["recorded_at"] - _EPOCH
+    # Timestamp.FromDatetime takes ten times as long, for each commit.
+    moment = Timestamp(seconds=86_400 * since.days + since.seconds, nanos=1000 * since.microseconds)
+    return Recorded(row["version"], moment, already, row["log_epoch"])
+
+
+def _columns(poll_no: int, batch: list[bytes]) -> tuple[list[UUID], list[bytes]]:
+    """ballot_key and choices of each ballot, as arrays for a statement."""
+    return _keys(poll_no, map(ballots.voter, batch)), [ballots.choices(ballot) for ballot in batch]
+
+
+def _keys(poll_no: int, voters: Iterable[bytes]) -> list[UUID]:
+    return [ballots.ballot_key(poll_no, voter) for voter in voters]
+
+
+def _count(votes: int) -> None:
+    _votes.inc(votes)
+    _batch_votes.observe(votes)
+
+
+async def _chunks(data: bytes) -> AsyncIterator[bytes]:
+    yield data
