@@ -26,6 +26,7 @@ from clients.charts import bar_chart, change_line, results_table
 from clients.connection import Address, CommandServer, QueryServer, command, find_address
 from clients.failures import Failure
 from clients.history import turnout, votes
+from clients.idempotency import idempotency_key
 from clients.importing import Import, Outcome, PollTakesNoVotes
 from clients.options import (
     DEFAULT_DATA_DIR,
@@ -124,8 +125,12 @@ def vote(
     data_dir: DataDir = DEFAULT_DATA_DIR,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Cast one vote. To repeat the same vote is harmless, and prints the first receipt again."""
-    request = CastVoteRequest(poll_id=poll, voter_id=voter, option_ids=options)
+    """Cast one vote. To repeat the same vote is harmless, and prints the first receipt again.
+
+    Only a repeat by the same user on this machine, or with the same TALLY_IDEMPOTENCY_KEY, is told so; to any other
+    caller a second vote is ALREADY_VOTED, whatever it chooses.
+    """
+    request = CastVoteRequest(poll_id=poll, voter_id=voter, option_ids=options, idempotency_key=idempotency_key())
     address = find_address("command", command_address, data_dir)
     response = asyncio.run(command(address, lambda commands: commands.CastVote, request))
     if output is Output.JSON:

@@ -82,12 +82,11 @@ def votes(
     if output is Output.JSON:
         print_json(plain(response))
         return
-    table = Table("poll_id", "state", "voted at", "receipt_id", "title", "outcome")
+    table = Table("poll_id", "state", "receipt_id", "title", "outcome")
     for vote in response.votes:
         table.add_row(
             vote.receipt.poll_id,
             state_name(vote.poll_state),
-            vote.receipt.recorded_at.ToDatetime().strftime("%Y-%m-%d %H:%M:%SZ"),
             vote.receipt.receipt_id,
             shown(vote.poll_title),
             shown(_told(vote.outcome)) if vote.HasField("outcome") else "",

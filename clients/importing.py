@@ -27,6 +27,7 @@ from clients.batches import divided
 from clients.charts import state_name
 from clients.connection import CommandServer, Patience, QueryServer, Refused, is_transient, not_opened
 from clients.failures import Failure
+from clients.idempotency import idempotency_key
 from clients.progress import Progress
 from clients.watchers import ENDED, watch
 
@@ -131,7 +132,8 @@ class Import:
                     progress.say(f"poll {outcome.poll_id}")
                     if self.watch:
                         showing = tasks.create_task(_show(queries, outcome.poll_id, token, progress))
-                    await casting.run(batches(self.file.ballots(self.survey), outcome.poll_id, self.batch_size))
+                    ballots = self.file.ballots(self.survey)
+                    await casting.run(batches(ballots, outcome.poll_id, self.batch_size, idempotency_key()))
                     if not outcome.failure and not outcome.interrupted:
                         await self._conclude(commands, queries, outcome, casting.tokens or [token], progress)
                 except Failure as failure:
@@ -235,11 +237,11 @@ class Batch(NamedTuple):
     faulty: list[Rejection]
 
 
-def batches(ballots: Iterator[Ballot], poll_id: str, size: int) -> Iterator[Batch]:
+def batches(ballots: Iterator[Ballot], poll_id: str, size: int, idempotency_key: str = "") -> Iterator[Batch]:
     """The ballots in batches of up to `size` rows that the server's limit of 4 MiB allows."""
 
     def build(good: Sequence[Ballot]) -> CastVotesRequest:
-        request = CastVotesRequest(poll_id=poll_id)
+        request = CastVotesRequest(poll_id=poll_id, idempotency_key=idempotency_key)
         add = request.votes.add
         for _, voter_id, option_ids, _ in good:
             vote = add()

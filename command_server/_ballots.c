@@ -17,6 +17,9 @@
 #define BLOCK_BYTES 128
 #define MAX_VOTER_ID_BYTES 256
 #define PERSON_BYTES 16
+/* What a keyed ballot ends with: a length of 4 bytes, and so many of the hash of the voter and the idempotency key. */
+#define HASH_BYTES 7
+#define MAX_IDEMPOTENCY_KEY_BYTES 64
 /* Options whose marking is at hand without a look into the dict. */
 #define REMEMBERED 8
 
@@ -120,10 +123,11 @@ static int take_number(Span *from, uint64_t *number) {
     return 0;
 }
 
-/* What follows its own length. */
+/* What follows its own length; protobuf takes no length of more than 5 bytes. */
 static int take_span(Span *from, Span *span) {
+    const uint8_t *length = from->at;
     uint64_t size;
-    if (!take_number(from, &size) || size > (uint64_t)(from->end - from->at))
+    if (!take_number(from, &size) || from->at - length > 5 || size > (uint64_t)(from->end - from->at))
         return 0;
     span->at = from->at;
     span->end = from->at += size;
@@ -151,7 +155,7 @@ static int is_plain_voter(Span text) {
 }
 
 /* Field numbers and wire types: tally.command.v1.CastVotesRequest and Vote. */
-enum { BATCH_SEQUENCE = 1 << 3 | 0, POLL_ID = 2 << 3 | 2, VOTES = 3 << 3 | 2 };
+enum { BATCH_SEQUENCE = 1 << 3 | 0, POLL_ID = 2 << 3 | 2, VOTES = 3 << 3 | 2, IDEMPOTENCY_KEY = 4 << 3 | 2 };
 enum { VOTER_ID = 1 << 3 | 2, OPTION_IDS = 2 << 3 | 2 };
 
 /* Whether a vote has one voter and one option, and no more; which option that is, is for the caller to see. */
@@ -171,28 +175,30 @@ static int plain_vote(Span vote, Span *voter, Span *option) {
 /* ---- the functions ---- */
 
 PyDoc_STRVAR(envelope_doc,
-"envelope(request: bytes) -> tuple[int, str, int] | None\n\n"
-"batch_sequence, poll_id and the number of votes of a serialized CastVotesRequest; None where it has anything else in it\n"
-"or cannot be read. Whether the votes can be read, is not known yet.");
+"envelope(request: bytes) -> tuple[int, str, int, str] | None\n\n"
+"batch_sequence, poll_id, the number of votes and idempotency_key of a serialized CastVotesRequest; None where it has\n"
+"anything else in it or cannot be read. Whether the votes can be read, is not known yet.");
 
 static PyObject *envelope(PyObject *module, PyObject *request) {
     (void)module;
     if (!PyBytes_Check(request))
         return PyErr_Format(PyExc_TypeError, "the request must be bytes");
     const uint8_t *data = (const uint8_t *)PyBytes_AS_STRING(request);
-    Span rest = {data, data + PyBytes_GET_SIZE(request)}, poll_id = {data, data}, vote;
+    Span rest = {data, data + PyBytes_GET_SIZE(request)}, poll_id = {data, data}, key = {data, data}, vote;
     uint64_t sequence = 0;
     Py_ssize_t votes = 0;
     while (rest.at < rest.end) {
         uint8_t tag = *rest.at++;
         if (tag == VOTES && take_span(&rest, &vote))
             votes++;
-        else if (!(tag == POLL_ID && take_span(&rest, &poll_id)) && !(tag == BATCH_SEQUENCE && take_number(&rest, &sequence)))
+        else if (!(tag == POLL_ID && take_span(&rest, &poll_id)) && !(tag == BATCH_SEQUENCE && take_number(&rest, &sequence))
+                 && !(tag == IDEMPOTENCY_KEY && take_span(&rest, &key)))
             Py_RETURN_NONE;
     }
-    if (!is_ascii(poll_id))
+    if (!is_ascii(poll_id) || !is_ascii(key) || size_of(key) > MAX_IDEMPOTENCY_KEY_BYTES)
         Py_RETURN_NONE;
-    return Py_BuildValue("Ls#n", (long long)sequence, (const char *)poll_id.at, size_of(poll_id), votes);
+    return Py_BuildValue("Ls#ns#", (long long)sequence, (const char *)poll_id.at, size_of(poll_id), votes,
+                         (const char *)key.at, size_of(key));
 }
 
 typedef struct {
@@ -222,18 +228,28 @@ static PyObject *marking_of(Span option, PyObject *markings, Marking *remembered
 }
 
 PyDoc_STRVAR(mark_doc,
-"mark(request: bytes, keyed: bytes, markings: dict[str, bytes]) -> list[bytes | None]\n\n"
-"The ballot of each vote of a request that `envelope` could read; None for a vote that is not plain. `keyed` is what the\n"
-"function of that name returned, `markings` is option_id -> what a ballot for it ends with.");
+"mark(request: bytes, voters: bytes, markings: dict[str, bytes], hashes: bytes, idempotency_key: bytes)\n"
+"    -> list[bytes | None]\n\n"
+"The ballot of each vote of a request that `envelope` could read; None for a vote that is not plain. `voters` and `hashes`\n"
+"are what `keyed` returned for either hash, `markings` is option_id -> the choices in a ballot for it. Where the\n"
+"idempotency_key, of up to 64 bytes, is not empty the ballots are keyed ones.");
 
 static PyObject *mark(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
     (void)module;
-    if (count != 3 || !PyBytes_Check(arguments[0]) || !PyBytes_Check(arguments[1]) || !PyDict_Check(arguments[2]))
-        return PyErr_Format(PyExc_TypeError, "mark takes bytes, bytes and a dict");
-    uint64_t keyed[8];
-    if (PyBytes_GET_SIZE(arguments[1]) != sizeof keyed)
-        return PyErr_Format(PyExc_ValueError, "the second argument must come from keyed()");
+    if (count != 5 || !PyBytes_Check(arguments[0]) || !PyBytes_Check(arguments[1]) || !PyDict_Check(arguments[2])
+        || !PyBytes_Check(arguments[3]) || !PyBytes_Check(arguments[4]))
+        return PyErr_Format(PyExc_TypeError, "mark takes bytes, bytes, a dict, bytes and bytes");
+    uint64_t keyed[8], hashes[8];
+    if (PyBytes_GET_SIZE(arguments[1]) != sizeof keyed || PyBytes_GET_SIZE(arguments[3]) != sizeof hashes)
+        return PyErr_Format(PyExc_ValueError, "the second and the fourth argument must come from keyed()");
     memcpy(keyed, PyBytes_AS_STRING(arguments[1]), sizeof keyed);
+    memcpy(hashes, PyBytes_AS_STRING(arguments[3]), sizeof hashes);
+    Py_ssize_t key_size = PyBytes_GET_SIZE(arguments[4]), suffix = key_size ? 4 + HASH_BYTES : 0;
+    if (key_size > MAX_IDEMPOTENCY_KEY_BYTES)
+        return PyErr_Format(PyExc_ValueError, "an idempotency key has up to %d bytes", MAX_IDEMPOTENCY_KEY_BYTES);
+    /* The voter's key and the idempotency key, and their hash. */
+    uint8_t both[KEY_BYTES + MAX_IDEMPOTENCY_KEY_BYTES], digest[KEY_BYTES];
+    memcpy(both + KEY_BYTES, PyBytes_AS_STRING(arguments[4]), key_size);
     const uint8_t *data = (const uint8_t *)PyBytes_AS_STRING(arguments[0]);
     Span rest = {data, data + PyBytes_GET_SIZE(arguments[0])}, span, voter = {data, data}, option = {data, data};
     Marking remembered[REMEMBERED];
@@ -258,12 +274,18 @@ static PyObject *mark(PyObject *module, PyObject *const *arguments, Py_ssize_t c
             ballot = Py_NewRef(Py_None);
         } else {
             Py_ssize_t size = PyBytes_GET_SIZE(marking);
-            ballot = PyBytes_FromStringAndSize(NULL, KEY_BYTES + size);
+            ballot = PyBytes_FromStringAndSize(NULL, KEY_BYTES + size + suffix);
             if (ballot == NULL)
                 goto failed;
             uint8_t *bytes = (uint8_t *)PyBytes_AS_STRING(ballot);
             hash(keyed, voter.at, size_of(voter), bytes);
             memcpy(bytes + KEY_BYTES, PyBytes_AS_STRING(marking), size);
+            if (suffix) {
+                memcpy(both, bytes, KEY_BYTES);
+                hash(hashes, both, KEY_BYTES + key_size, digest);
+                memcpy(bytes + KEY_BYTES + size, (const uint8_t[4]){0, 0, 0, HASH_BYTES}, 4);
+                memcpy(bytes + KEY_BYTES + size + 4, digest, HASH_BYTES);
+            }
         }
         int appended = PyList_Append(ballots, ballot);
         Py_DECREF(ballot);

@@ -5,11 +5,15 @@ them (their length, 4 bytes, then 2 bytes for each option's number, ascending). 
 around a constant, ballots sort by voter, and where each has one choice the columns of a batch come out of its bytes by
 slices with a stride: no loop over votes in Python.
 
+The ballot of a vote that came with an idempotency key is a keyed ballot: the hash of that key follows as one more
+column for COPY (its length, 4 bytes, then 7 bytes). So a keyed ballot has an odd number of bytes, any other an even
+one.
+
 The ballots of plain votes are made, parted and put in order by compiled code, _ballots.c, where that was built.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from struct import unpack
 from types import ModuleType
@@ -19,7 +23,7 @@ import structlog
 from asyncpg.pgproto.pgproto import UUID
 from tally.event.v1.event_pb2 import CountChange, VotesCast
 
-from contracts.voters import KEY_BYTES, PERSON, VoterKeys
+from contracts.voters import IDEMPOTENCY_BYTES, IDEMPOTENCY_PERSON, KEY_BYTES, PERSON, VoterKeys
 
 compiled: ModuleType | None
 try:
@@ -33,14 +37,18 @@ _LENGTH_BYTES = 4
 _CHOICE_BYTES = 2
 # A ballot with one choice.
 _SINGLE_BYTES = KEY_BYTES + _LENGTH_BYTES + _CHOICE_BYTES
+# What a keyed ballot has more than another one.
+_HASH_BYTES = _LENGTH_BYTES + IDEMPOTENCY_BYTES
 
 # What a row's key has of the voter's, behind the poll's number: the chance that two of a billion voters are the same is
 # about 10^-11. A longer key, or two columns, would cost a quarter more: docs/adr/0008.
 _ROW_KEY_BYTES = 12
 
 COPY_COLUMNS = ("batch_id", "ballot_key", "choices")
+KEYED_COPY_COLUMNS = (*COPY_COLUMNS, "idempotency_hash")
 _COPY_HEADER = b"PGCOPY\n\xff\r\n\x00" + bytes(8)
 _COPY_TRAILER = b"\xff\xff"
+_COPY_NULL = b"\xff\xff\xff\xff"
 
 
 def marking(option_numbers: Sequence[int]) -> bytes:
@@ -49,8 +57,23 @@ def marking(option_numbers: Sequence[int]) -> bytes:
     return len(choices).to_bytes(_LENGTH_BYTES) + choices
 
 
+def keyed(idempotency_hash: bytes) -> bytes:
+    """The end of a keyed ballot, after its marking."""
+    return IDEMPOTENCY_BYTES.to_bytes(_LENGTH_BYTES) + idempotency_hash
+
+
+def any_keyed(ballots: Iterable[bytes]) -> bool:
+    """Whether some of these are keyed ballots."""
+    return any(length % 2 for length in set(map(len, ballots)))
+
+
+def copy_columns(ballots: Iterable[bytes]) -> Sequence[str]:
+    """The columns of the rows that `copy_rows` makes of these."""
+    return KEYED_COPY_COLUMNS if any_keyed(ballots) else COPY_COLUMNS
+
+
 def size(choices: int) -> int:
-    """The bytes of a ballot with so many choices."""
+    """The bytes of a ballot with so many choices, without an idempotency hash."""
     return KEY_BYTES + _LENGTH_BYTES + choices * _CHOICE_BYTES
 
 
@@ -78,7 +101,16 @@ def key_range(poll_no: int) -> tuple[UUID, UUID]:
 
 def choices(ballot: bytes) -> bytes:
     """What was chosen, as the column votes.choices."""
-    return ballot[KEY_BYTES + _LENGTH_BYTES :]
+    return _without_hash(ballot)[KEY_BYTES + _LENGTH_BYTES :]
+
+
+def idempotency_hash(ballot: bytes) -> bytes | None:
+    """The hash in a keyed ballot, as the column votes.idempotency_hash; None in any other."""
+    return ballot[-IDEMPOTENCY_BYTES:] if len(ballot) % 2 else None
+
+
+def _without_hash(ballot: bytes) -> bytes:
+    return ballot[:-_HASH_BYTES] if len(ballot) % 2 else ballot
 
 
 def option_numbers(choices: bytes) -> tuple[int, ...]:
@@ -92,6 +124,7 @@ class Envelope(NamedTuple):
     batch_sequence: int
     poll_id: str
     votes: int
+    idempotency_key: str
 
 
 class Reader:
@@ -101,18 +134,21 @@ class Reader:
     def __init__(self, voters: VoterKeys) -> None:
         if compiled is None:
             log.warning("command_server/_ballots.c was not compiled: CastVotes is slower than it could be")
-        self._keyed = compiled.keyed(voters.secret, PERSON) if compiled else b""
+        self._voters = compiled.keyed(voters.secret, PERSON) if compiled else b""
+        self._hashes = compiled.keyed(voters.secret, IDEMPOTENCY_PERSON) if compiled else b""
 
     def envelope(self, request: bytes) -> Envelope | None:
         """The request without its votes; None where it is to be read otherwise."""
         found = compiled.envelope(request) if compiled else None
         return Envelope(*found) if found else None
 
-    def mark(self, request: bytes, markings: dict[str, bytes]) -> list[bytes | None]:
+    def mark(self, request: bytes, markings: dict[str, bytes], idempotency_key: str = "") -> list[bytes | None]:
         """A ballot for each vote of a request that has an envelope, None for one that is not plain; `markings` is
-        option_id → `marking`."""
+        option_id → `marking`, `idempotency_key` the envelope's."""
         assert compiled is not None, "no envelope without it"
-        ballots: list[bytes | None] = compiled.mark(request, self._keyed, markings)
+        ballots: list[bytes | None] = compiled.mark(
+            request, self._voters, markings, self._hashes, idempotency_key.encode()
+        )
         return ballots
 
 
@@ -142,29 +178,36 @@ def in_order(ballots: list[bytes]) -> list[bytes]:
 
 
 def copy_rows(poll_no: int, batch_id: int, ballots: Sequence[bytes]) -> bytes:
-    """The ballots as rows of the table votes (COPY_COLUMNS), in Postgres' binary COPY format."""
+    """The ballots as rows of the table votes (`copy_columns`), in Postgres' binary COPY format."""
+    with_hash = any_keyed(ballots)
+    lengths = set(map(len, ballots))
     before = b"".join(
         (
-            len(COPY_COLUMNS).to_bytes(2),
+            len(KEYED_COPY_COLUMNS if with_hash else COPY_COLUMNS).to_bytes(2),
             (8).to_bytes(4) + batch_id.to_bytes(8),
             (4 + _ROW_KEY_BYTES).to_bytes(4) + poll_no.to_bytes(4),
         )
     )
-    columns = b"".join(ballots)
     rows: Sequence[bytes | bytearray]
-    if len(columns) == _SINGLE_BYTES * len(ballots):
-        rows = [_single_choice_rows(before, columns, len(ballots))]
+    if lengths in ({_SINGLE_BYTES}, {_SINGLE_BYTES + _HASH_BYTES}):
+        rows = [_rows_of_equal_ballots(before, ballots, *lengths)]
+    elif with_hash:
+        rows = [
+            before + ballot[:_ROW_KEY_BYTES] + ballot[KEY_BYTES:] + (b"" if len(ballot) % 2 else _COPY_NULL)
+            for ballot in ballots
+        ]
     else:
         rows = [before + ballot[:_ROW_KEY_BYTES] + ballot[KEY_BYTES:] for ballot in ballots]
     return b"".join((_COPY_HEADER, *rows, _COPY_TRAILER))
 
 
-def _single_choice_rows(before: bytes, columns: bytes, votes: int) -> bytearray:
-    size = len(before) + _SINGLE_BYTES - KEY_BYTES + _ROW_KEY_BYTES
-    rows = bytearray(before.ljust(size, b"\0") * votes)
-    kept = [*range(_ROW_KEY_BYTES), *range(KEY_BYTES, _SINGLE_BYTES)]
+def _rows_of_equal_ballots(before: bytes, ballots: Sequence[bytes], length: int) -> bytearray:
+    columns = b"".join(ballots)
+    size = len(before) + length - KEY_BYTES + _ROW_KEY_BYTES
+    rows = bytearray(before.ljust(size, b"\0") * len(ballots))
+    kept = [*range(_ROW_KEY_BYTES), *range(KEY_BYTES, length)]
     for place, source in enumerate(kept, len(before)):
-        rows[place::size] = columns[source::_SINGLE_BYTES]
+        rows[place::size] = columns[source::length]
     return rows
 
 
@@ -179,6 +222,8 @@ def votes_cast(
     `weights` is `voter` → weight where votes are weighted; `replaced` is `voter` → choices of the vote whose place this
     one takes.
     """
+    if any_keyed(ballots):
+        ballots = [_without_hash(ballot) for ballot in ballots]
     columns = b"".join(ballots)
     if len(columns) == _SINGLE_BYTES * len(ballots) and weights is None and not replaced:
         return _single_choices(batch_id, columns, len(ballots))

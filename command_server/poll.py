@@ -183,14 +183,22 @@ def look_alikes(spec: PollSpec) -> Mapping[str, str]:
     return found
 
 
+def is_idempotency_key(text: str) -> bool:
+    """Whether the contract allows this text as an idempotency_key."""
+    return 16 <= len(text) <= 64 and text.isascii() and text.isprintable()
+
+
 def not_open(state: str, why: str = "it takes no votes") -> Refusal:
     """The answer to what only an open poll allows."""
     return Refusal(ErrorReason.ERROR_REASON_POLL_NOT_OPEN, f"the poll is {state}; {why}")
 
 
 def already_voted() -> Refusal:
-    """The answer to a second, different vote."""
-    return Refusal(ErrorReason.ERROR_REASON_ALREADY_VOTED, "this voter chose otherwise before; that vote stands")
+    """The answer to a second vote, whatever it chooses."""
+    return Refusal(
+        ErrorReason.ERROR_REASON_ALREADY_VOTED,
+        "a vote of this voter is recorded and stands; only a repeat of it, with its idempotency_key, gets its receipt",
+    )
 
 
 def vote_conflict() -> Refusal:

@@ -59,6 +59,9 @@ SELECT state FROM polls WHERE poll_no = $1
 -- record_votes: a small batch of new votes with its event, in one round trip
 SELECT version, recorded_at, log_epoch FROM record_votes($1, $2, $3, $4, $5)
 
+-- record_keyed_votes: the same, where some votes came with an idempotency key
+SELECT version, recorded_at, log_epoch FROM record_keyed_votes($1, $2, $3, $4, $6, $5)
+
 -- log_votes: the event of a batch whose votes are inserted already
 SELECT version, recorded_at, log_epoch FROM record_votes($1, $2, '{}', '{}', $3)
 
@@ -68,20 +71,22 @@ SELECT ballot_key, weight FROM roll WHERE ballot_key = ANY ($1::uuid[])
 -- poll_position: how far a poll's log has come
 SELECT log_epoch, version FROM polls, current_log_epoch WHERE poll_no = $1
 
--- replace_votes: the votes of a batch that are new, or chose otherwise than the voter's vote before and that one's event is
--- not after a position in the log; with what that one chose. Sorted by key, so that two batches with the same voters wait
--- for each other in one order and never deadlock. Also what is not replaced is locked. An event that was committed after
--- this statement began is not seen, so it is after the position
-INSERT INTO votes (batch_id, ballot_key, choices)
-SELECT $1, ballot_key, choices FROM unnest($2::uuid[], $3::bytea[]) AS vote (ballot_key, choices)
-ON CONFLICT (ballot_key) DO UPDATE SET choices = excluded.choices, batch_id = excluded.batch_id
-WHERE votes.choices <> excluded.choices
+-- replace_votes: the votes of a batch that are new, or do not repeat the voter's vote before with its idempotency key and
+-- that one's event is not after a position in the log; with what that one chose. Sorted by key, so that two batches with
+-- the same voters wait for each other in one order and never deadlock. Also what is not replaced is locked. An event that
+-- was committed after this statement began is not seen, so it is after the position
+INSERT INTO votes (batch_id, ballot_key, choices, idempotency_hash)
+SELECT $1, vote.* FROM unnest($2::uuid[], $3::bytea[], $6::bytea[]) AS vote (ballot_key, choices, idempotency_hash)
+ON CONFLICT (ballot_key) DO UPDATE
+SET choices = excluded.choices, batch_id = excluded.batch_id, idempotency_hash = excluded.idempotency_hash
+WHERE (votes.choices = excluded.choices AND votes.idempotency_hash = excluded.idempotency_hash) IS NOT TRUE
     AND $4 = (SELECT log_epoch FROM current_log_epoch)
     AND $5 >= (SELECT event.version FROM events AS event WHERE event.batch_id = votes.batch_id)
 RETURNING ballot_key, old.choices AS replaced
 
 -- find_votes: what these voters chose, and which event counts it
-SELECT vote.ballot_key, vote.choices, vote.batch_id, event.version, event.recorded_at, log_epoch
+SELECT vote.ballot_key, vote.choices, vote.idempotency_hash, vote.batch_id, event.version, event.recorded_at,
+    log_epoch
 FROM votes AS vote
 JOIN events AS event USING (batch_id)
 CROSS JOIN current_log_epoch

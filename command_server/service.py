@@ -14,10 +14,11 @@ from tally.poll.v1.poll_pb2 import VoteReceipt
 
 from command_server.ballot_box import BallotBox
 from command_server.ballot_queue import Recorded, Verdicts
-from command_server.ballots import Envelope, Reader
+from command_server.ballots import Envelope, Reader, keyed
 from command_server.poll import (
     cancel_poll,
     close_poll,
+    is_idempotency_key,
     open_poll,
     update_poll,
 )
@@ -108,15 +109,24 @@ class CommandService(CommandServiceServicer):
         poll = self._polls.known(request.poll_id)
         voter_id, option_ids = request.voter_id, request.option_ids
         mark = poll.markings.get(option_ids[0]) if poll and len(option_ids) == 1 else None
-        if not (poll and mark and 0 < len(voter_id) <= MAX_VOTER_ID):
+        idempotency_key = request.idempotency_key
+        if not (
+            poll
+            and mark
+            and 0 < len(voter_id) <= MAX_VOTER_ID
+            and (not idempotency_key or is_idempotency_key(idempotency_key))
+        ):
             # Any but the most usual vote: that one has just been seen to keep every rule of its message.
             check(request)
             poll = await self._polls.find(request.poll_id)
             mark = poll.mark(option_ids)
         voter_key = self._voters.voter_key(voter_id)
+        ballot = voter_key + mark
+        if idempotency_key:
+            ballot += keyed(self._voters.idempotency_hash(voter_key, idempotency_key))
         # Elsewhere a vote whose caller has gone is harmless: the voter's first one counts.
         deadline = _deadline(context) if poll.spec.allow_vote_change else inf
-        recorded = (await self._box.cast(poll, voter_key + mark, deadline)).of(0)
+        recorded = (await self._box.cast(poll, ballot, deadline)).of(0)
         if isinstance(recorded, Refusal):
             # All votes of a commit share it: without this, each of them would lengthen its traceback.
             raise recorded.with_traceback(None)
@@ -174,10 +184,16 @@ class CommandService(CommandServiceServicer):
         """Puts the valid votes of a batch into the ballot box; the others are rejected one by one."""
         request = None
         envelope = self._reader.envelope(data)
-        if envelope is None or self._polls.known(envelope.poll_id) is None or not 0 < envelope.votes <= MAX_BATCH_VOTES:
+        if (
+            envelope is None
+            or self._polls.known(envelope.poll_id) is None
+            or not 0 < envelope.votes <= MAX_BATCH_VOTES
+            or (envelope.idempotency_key and not is_idempotency_key(envelope.idempotency_key))
+        ):
             # Not what nearly all requests are, votes for an open poll: it is read and checked like any other message.
             request = read_message(pb.CastVotesRequest, data)
-            envelope = Envelope(request.batch_sequence, request.poll_id, len(request.votes))
+            envelope = Envelope(request.batch_sequence, request.poll_id, len(request.votes), request.idempotency_key)
+        idempotency_key = envelope.idempotency_key
         batch = _Batch(envelope.batch_sequence, envelope.votes)
         try:
             poll = await self._polls.find(envelope.poll_id)
@@ -186,13 +202,19 @@ class CommandService(CommandServiceServicer):
                 batch.reject(index, refusal)
             return batch
         batch.poll = poll
-        marked: list[bytes | None] = [None] * envelope.votes if request else self._reader.mark(data, poll.markings)
+        marked: list[bytes | None] = (
+            [None] * envelope.votes if request else self._reader.mark(data, poll.markings, idempotency_key)
+        )
         if None in marked:
             request = request or read_message(pb.CastVotesRequest, data)
             for index, vote in enumerate(request.votes):
                 if marked[index] is None:
                     try:
-                        marked[index] = self._voters.voter_key(vote.voter_id) + poll.mark(vote.option_ids)
+                        voter_key = self._voters.voter_key(vote.voter_id)
+                        ballot = voter_key + poll.mark(vote.option_ids)
+                        if idempotency_key:
+                            ballot += keyed(self._voters.idempotency_hash(voter_key, idempotency_key))
+                        marked[index] = ballot
                     except Refusal as refusal:
                         batch.reject(index, refusal)
         ballots = [ballot for ballot in marked if ballot is not None]

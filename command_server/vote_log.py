@@ -232,7 +232,7 @@ class VoteLog:
             if recorded:
                 repeated = {voters[index] for index in rest} - standing.keys()
                 again = recorded._replace(already=True)
-                standing |= {v: _Standing(ballots.choices(first[v]), again) for v in repeated if v in eligible}
+                standing |= {v: _Standing.of(first[v], again) for v in repeated if v in eligible}
             judged = _judge([batch.ballots[index] for index in rest], standing, not_eligible(), already_voted())
             batch.verdicts = Verdicts(recorded, {index: judged.of(place) for place, index in enumerate(rest)})
 
@@ -252,13 +252,20 @@ class VoteLog:
         poll_no, batch_id = batch.poll.poll_no, batch.batch_id
         payload = Event(votes_cast=ballots.votes_cast(batch_id, new, weights)).SerializeToString()
         if len(new) <= SMALL_BATCH:
-            row = await connection.fetchrow(sql.record_votes, poll_no, batch_id, *_columns(poll_no, new), payload)
+            columns = _columns(poll_no, new)
+            if ballots.any_keyed(new):
+                statement = connection.fetchrow(
+                    sql.record_keyed_votes, poll_no, batch_id, *columns, payload, _hashes(new)
+                )
+            else:
+                statement = connection.fetchrow(sql.record_votes, poll_no, batch_id, *columns, payload)
+            row = await statement
         else:
             async with connection.transaction():
                 await connection.copy_to_table(
                     "votes",
                     source=_chunks(ballots.copy_rows(poll_no, batch_id, new)),
-                    columns=ballots.COPY_COLUMNS,
+                    columns=ballots.copy_columns(new),
                     format="binary",
                 )
                 row = await connection.fetchrow(sql.log_votes, poll_no, batch_id, payload)
@@ -272,6 +279,8 @@ class VoteLog:
 
         Only of those that were recorded before the log was seen at a position: docs/adr/0020. A caller who still waits
         after that has not sent the voter's next vote before it, so nothing that this replaces was meant to follow.
+        And a vote with the same choice is left out only where it has the idempotency key of the one before: left out
+        for its choice alone, it would tell what that one chose.
         """
         poll = batch.poll
         if batch.seen is None:
@@ -287,7 +296,9 @@ class VoteLog:
         with self._outcome_of([batch]):
             async with connection.transaction():
                 columns = _columns(poll.poll_no, candidates)
-                rows = await connection.fetch(sql.replace_votes, batch.batch_id, *columns, *batch.seen)
+                rows = await connection.fetch(
+                    sql.replace_votes, batch.batch_id, *columns, *batch.seen, _hashes(candidates)
+                )
                 written = {ballots.voter_of(row["ballot_key"]): row["replaced"] for row in rows}
                 # Those that stay are locked too: nobody changes them before this is read.
                 unchanged = [key for key in eligible if key not in written]
@@ -304,7 +315,7 @@ class VoteLog:
                     payload = Event(votes_cast=votes).SerializeToString()
                     row = await connection.fetchrow(sql.log_votes, poll.poll_no, batch.batch_id, payload)
                     recorded = _recorded(row)
-                    standing |= {key: _Standing(ballots.choices(mine[key]), recorded) for key in written}
+                    standing |= {key: _Standing.of(mine[key], recorded) for key in written}
                     if not (replaced or unchanged):
                         self._repeating.discard(poll.poll_no)
                     failpoint("command.before_commit")
@@ -325,8 +336,8 @@ class VoteLog:
         mine = {ballots.voter(ballot): ballot for ballot in batch.ballots}
         standing = await self._standing(connection, batch, mine)
         if poll.spec.allow_vote_change:
-            # Another choice would be no second vote, only a late one.
-            standing = {key: vote for key, vote in standing.items() if vote.choices == ballots.choices(mine[key])}
+            # Anything but a repeat would be no second vote, only a late one.
+            standing = {key: vote for key, vote in standing.items() if vote.is_repeated_by(mine[key])}
         batch.verdicts = _judge(
             batch.ballots, standing, not_open(poll.state if state == OPEN else state), already_voted()
         )
@@ -342,10 +353,10 @@ class VoteLog:
         recorded = _recorded(row)
         if batch.seen and recorded.position == (batch.seen.log_epoch, batch.seen.version + 1):
             # What the attempt left out was a repeat then, whatever stands now: nothing came between.
-            standing = {key: vote._replace(choices=ballots.choices(first[key])) for key, vote in standing.items()}
+            standing = {key: _Standing.of(first[key], vote.recorded) for key, vote in standing.items()}
         for key in ballots.voters(Event.FromString(row["payload"]).votes_cast):
             if key in first:
-                standing[key] = _Standing(ballots.choices(first[key]), recorded)
+                standing[key] = _Standing.of(first[key], recorded)
         changes = batch.poll.spec.allow_vote_change
         return _judge(batch.ballots, standing, not_eligible(), vote_conflict() if changes else already_voted())
 
@@ -362,7 +373,8 @@ class VoteLog:
         standing = {}
         for row in rows:
             recorded = _recorded(row, already=row["batch_id"] != batch.batch_id)
-            standing[ballots.voter_of(row["ballot_key"])] = _Standing(row["choices"], recorded)
+            vote = _Standing(row["choices"], row["idempotency_hash"], recorded)
+            standing[ballots.voter_of(row["ballot_key"])] = vote
         return standing
 
 
@@ -370,12 +382,25 @@ class _Standing(NamedTuple):
     """The vote of a voter that counts."""
 
     choices: bytes
+    idempotency_hash: bytes | None
     recorded: Recorded
+
+    @classmethod
+    def of(cls, ballot: bytes, recorded: Recorded) -> "_Standing":
+        return cls(ballots.choices(ballot), ballots.idempotency_hash(ballot), recorded)
+
+    def is_repeated_by(self, ballot: bytes) -> bool:
+        """Whether a ballot is this vote once more, from its caller. Without the vote's key nothing is compared."""
+        return (
+            self.idempotency_hash is not None
+            and self.idempotency_hash == ballots.idempotency_hash(ballot)
+            and self.choices == ballots.choices(ballot)
+        )
 
 
 def _judge(batch: list[bytes], standing: "dict[bytes, _Standing]", without: Refusal, other: Refusal) -> Verdicts:
     """Judges each ballot by the vote that stands for its voter: `without` is the answer where there is none, `other`
-    where it has another choice."""
+    where the ballot is not a repeat of it, whatever it chooses: docs/adr/0013."""
     others: dict[int, Verdict] = {}
     recorded: Recorded | None = None
     for index, ballot in enumerate(batch):
@@ -383,13 +408,13 @@ def _judge(batch: list[bytes], standing: "dict[bytes, _Standing]", without: Refu
         vote = standing.get(key)
         if vote is None:
             others[index] = without
+        elif vote.recorded.already:
+            others[index] = vote.recorded if vote.is_repeated_by(ballot) else other
         elif vote.choices != ballots.choices(ballot):
             others[index] = other
-        elif vote.recorded.already:
-            others[index] = vote.recorded
         else:
             recorded = vote.recorded
-            # A further ballot of this voter in the batch repeats this one.
+            # A further ballot of this voter in the batch comes after this one.
             standing[key] = vote._replace(recorded=recorded._replace(already=True))
     return Verdicts(recorded, others)
 
@@ -404,6 +429,10 @@ def _recorded(row: asyncpg.Record, *, already: bool = False) -> Recorded:
 def _columns(poll_no: int, batch: list[bytes]) -> tuple[list[UUID], list[bytes]]:
     """ballot_key and choices of each ballot, as arrays for a statement."""
     return _keys(poll_no, map(ballots.voter, batch)), [ballots.choices(ballot) for ballot in batch]
+
+
+def _hashes(batch: list[bytes]) -> list[bytes | None]:
+    return [ballots.idempotency_hash(ballot) for ballot in batch]
 
 
 def _keys(poll_no: int, voters: Iterable[bytes]) -> list[UUID]:

@@ -9,6 +9,9 @@ from contracts.text import voter_id_problem
 KEY_BYTES = 16
 # Keeps voter keys apart from other hashes that are made with the same secret.
 PERSON = b"tally voter"
+# What is kept of an idempotency key: few bytes, because each guess needs a call.
+IDEMPOTENCY_PERSON = b"tally vote key"
+IDEMPOTENCY_BYTES = 7
 
 
 class VoterKeys:
@@ -20,6 +23,7 @@ class VoterKeys:
     def __init__(self, secret: str) -> None:
         self.secret = secret.encode()[:64]
         self._voters = blake2b(digest_size=KEY_BYTES, key=self.secret, person=PERSON)
+        self._idempotency = blake2b(digest_size=KEY_BYTES, key=self.secret, person=IDEMPOTENCY_PERSON)
         self._receipts = blake2b(digest_size=KEY_BYTES, key=self.secret, person=b"tally receipt")
 
     def voter_key(self, voter_id: str, field: str = "voter_id") -> bytes:
@@ -30,6 +34,12 @@ class VoterKeys:
         digest = self._voters.copy()
         digest.update(voter_id.encode())
         return digest.digest()
+
+    def idempotency_hash(self, voter_key: bytes, idempotency_key: str) -> bytes:
+        """The 7 bytes that a vote keeps of the secret it was cast with: different for each voter."""
+        digest = self._idempotency.copy()
+        digest.update(voter_key + idempotency_key.encode())
+        return digest.digest()[:IDEMPOTENCY_BYTES]
 
     def receipt_id(self, poll_id: UUID, voter_key: bytes) -> str:
         """The receipt of this voter in this poll: the same at every call, and meaningless without the secret."""

@@ -35,8 +35,8 @@ SELECT poll_id, state, polls.version, option_ids, option_labels, counts, total_v
 FROM unnest($1::uuid[], $2::bigint[]) AS known (poll_id, version)
 JOIN polls USING (poll_id) WHERE polls.version > known.version
 
--- vote: a poll's version, and the voter's vote in it, where there is one
-SELECT polls.version, votes.version AS vote_version, votes.recorded_at
+-- vote: a poll's version, and whether the voter has a vote in it; not which version counts it: docs/security.md
+SELECT polls.version, votes.vote_key IS NOT NULL AS voted
 FROM polls LEFT JOIN votes ON votes.vote_key = encode($2::bytea || int4send(polls.poll_no), 'hex')::uuid
 WHERE poll_id = $1
 
@@ -49,7 +49,7 @@ SELECT status FROM documents.projector_status WHERE read_model = $1
 -- voter_votes: a voter's votes in polls older than a place in the list, newest first, each with what became of the poll.
 -- The list goes by what is the same in every copy of the views, unlike poll_no. OFFSET keeps the planner, which takes a
 -- voter to have a part of all votes, from reading all polls for the few that are wanted.
-SELECT poll_id, title, state, outcome, created_at, votes.version, recorded_at
+SELECT poll_id, title, state, outcome, created_at
 FROM votes, LATERAL (SELECT * FROM polls WHERE polls.poll_no = votes.poll_no OFFSET 0) AS poll
 WHERE vote_key BETWEEN $1 AND $2 AND (created_at, poll_id) < ($3, $4)
 ORDER BY created_at DESC, poll_id DESC LIMIT $5

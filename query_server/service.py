@@ -95,6 +95,7 @@ class QueryService(QueryServiceServicer):
         async with self._watchers.watch(poll_ids, fresh, patience(context), min_interval) as watcher:
             await watcher.forward(context.write)
 
+    # That a voter voted can be read, but not when: counts by version would tell what was chosen (docs/security.md).
     async def GetVote(self, request: pb.GetVoteRequest, context: Context) -> pb.GetVoteResponse:
         poll_id, voter_key = UUID(request.poll_id), self._voters.voter_key(request.voter_id)
         seen, receipt = await self._fresh(request, context, poll_id, lambda: self._views.vote(poll_id, voter_key))

@@ -112,14 +112,12 @@ class Views:
         return {row["poll_id"]: row["version"] for row in rows}
 
     async def vote(self, poll_id: UUID, voter_key: bytes) -> tuple[int, VoteReceipt | None]:
-        """A poll's version, 0 if there is no such poll, and the receipt of a voter without its receipt_id."""
+        """A poll's version, 0 if there is no such poll, and the receipt of a voter, with only its poll_id."""
         rows = await self._fetch(sql.vote, poll_id, voter_key[:VOTER_BYTES])
         if not rows:
             return 0, None
-        version, vote_version, recorded_at = rows[0]
-        if vote_version is None:
-            return version, None
-        return version, VoteReceipt(poll_id=str(poll_id), version=vote_version, recorded_at=recorded_at)
+        version, voted = rows[0]
+        return version, VoteReceipt(poll_id=str(poll_id)) if voted else None
 
     async def newer_results(self, known: Mapping[UUID, int]) -> dict[UUID, tuple[int, bytes]]:
         """The polls that have a later version than the known one: version and serialized GetResultsResponse, or what
@@ -155,8 +153,8 @@ class Views:
     async def voter_votes(
         self, voter_key: bytes, page_size: int, page_token: str, fresh: Freshness
     ) -> tuple[int, ListVoterVotesResponse]:
-        """A page of a voter's votes without their receipt_ids, and the version that it shows of the poll that is to be
-        fresh; 0: none, or any will do.
+        """A page of a voter's votes, their receipts with only a poll_id, and the version that it shows of the poll that
+        is to be fresh; 0: none, or any will do.
 
         Raises INVALID_REQUEST for a token that no page of this voter returned.
         """
@@ -321,7 +319,7 @@ def _poll(row: Any) -> Poll:
 
 def _voter_vote(row: Any) -> VoterVote:
     return VoterVote(
-        receipt=VoteReceipt(poll_id=str(row["poll_id"]), version=row["version"], recorded_at=row["recorded_at"]),
+        receipt=VoteReceipt(poll_id=str(row["poll_id"])),
         poll_title=row["title"],
         poll_state=_state(row),
         outcome=Outcome.FromString(row["outcome"]) if row["outcome"] else None,

@@ -1,6 +1,7 @@
 """What the tests share: one Postgres, NATS and Redis for the whole run, and fresh databases for each test."""
 
 import itertools
+import os
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +18,10 @@ from runtime import embedded
 from tests.system import System, running_system
 
 _numbers = itertools.count(1)
+
+# Where the command line keeps the key of its votes: not in the home of the user who runs the tests.
+_state = tempfile.TemporaryDirectory(prefix="tally-state-")
+os.environ["XDG_STATE_HOME"] = _state.name
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ async def test_a_vote_by_hand_and_the_results_as_a_stream(system: System) -> Non
     command, query = system["command_address"], system["query_address"]
     created = await call(command, f"{COMMAND}/CreatePoll", {"requestId": str(uuid4()), "poll": POLL})
     await call(command, f"{COMMAND}/OpenPoll", {"pollId": created["pollId"]})
-    vote = {"pollId": created["pollId"], "voterId": "ada", "optionIds": ["pizza"]}
+    vote = {"pollId": created["pollId"], "voterId": "ada", "optionIds": ["pizza"], "idempotencyKey": "a" * 16}
     first = await call(command, f"{COMMAND}/CastVote", vote)
     again = await call(command, f"{COMMAND}/CastVote", vote)
     assert again["receipt"] == first["receipt"]

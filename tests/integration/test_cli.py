@@ -460,7 +460,7 @@ async def test_text_for_people_names_what_was_asked_for(cli: Cli) -> None:
     assert poll_id
     voted = await cli.run("vote", poll_id[0], "anna", "r")
     assert "receipt_id" in voted.out
-    token = await cli.vote(poll_id[0], "anna", "r")
+    token = (await cli.data("vote", poll_id[0], "anna", "r"))["consistency_token"]
     printed, shown, listed = await asyncio.gather(
         cli.run("results", poll_id[0], "--at-least-as-fresh", token),
         cli.run("poll", "show", poll_id[0]),

@@ -41,6 +41,9 @@ from tests.servers import VOTER_SECRET, command_channel, command_server, refused
 if TYPE_CHECKING:
     from tally.command.v1.command_service_pb2_grpc import CommandServiceAsyncStub
 
+# What a caller proves by that a vote was its own.
+KEY = "the key of these tests' caller"
+
 SPEC = PollSpec(
     title="Which day?",
     method=VOTING_METHOD_SINGLE_CHOICE,
@@ -64,13 +67,13 @@ async def open_poll(server: CommandServiceAsyncStub) -> str:
     return poll_id
 
 
-def vote(poll_id: str, voter_id: str, *option_ids: str) -> pb.CastVoteRequest:
-    return pb.CastVoteRequest(poll_id=poll_id, voter_id=voter_id, option_ids=option_ids)
+def vote(poll_id: str, voter_id: str, *option_ids: str, key: str = "") -> pb.CastVoteRequest:
+    return pb.CastVoteRequest(poll_id=poll_id, voter_id=voter_id, option_ids=option_ids, idempotency_key=key)
 
 
-def batch(poll_id: str, *votes: tuple[str, str], sequence: int = 0) -> pb.CastVotesRequest:
+def batch(poll_id: str, *votes: tuple[str, str], sequence: int = 0, key: str = "") -> pb.CastVotesRequest:
     cast = [pb.Vote(voter_id=voter, option_ids=[option] if option else []) for voter, option in votes]
-    return pb.CastVotesRequest(batch_sequence=sequence, poll_id=poll_id, votes=cast)
+    return pb.CastVotesRequest(batch_sequence=sequence, poll_id=poll_id, votes=cast, idempotency_key=key)
 
 
 async def cast(server: CommandServiceAsyncStub, *batches: pb.CastVotesRequest) -> list[pb.CastVotesResponse]:
@@ -212,12 +215,12 @@ async def test_no_event_is_larger_than_the_bus_takes(server: CommandServiceAsync
 
 async def test_one_vote_each(server: CommandServiceAsyncStub, write_dsn: str) -> None:
     poll_id = await open_poll(server)
-    first = await server.CastVote(vote(poll_id, "ada", "mon"))
+    first = await server.CastVote(vote(poll_id, "ada", "mon", key=KEY))
     assert not first.already_recorded
-    again = await server.CastVote(vote(poll_id, "ada", "mon"))
+    again = await server.CastVote(vote(poll_id, "ada", "mon", key=KEY))
     assert again.already_recorded
     assert again.receipt == first.receipt
-    other = await refused(server.CastVote(vote(poll_id, "ada", "tue")))
+    other = await refused(server.CastVote(vote(poll_id, "ada", "tue", key=KEY)))
     assert (other.code, other.reason) == (grpc.StatusCode.ALREADY_EXISTS, "ALREADY_VOTED")
     assert list((await read_log(write_dsn, poll_id)).votes.values()) == [0]
 
@@ -229,12 +232,12 @@ async def test_the_same_voter_votes_in_every_poll(server: CommandServiceAsyncStu
 
 async def test_a_repeat_is_answered_even_after_closing(server: CommandServiceAsyncStub, write_dsn: str) -> None:
     poll_id = await open_poll(server)
-    first = await server.CastVote(vote(poll_id, "ada", "mon"))
+    first = await server.CastVote(vote(poll_id, "ada", "mon", key=KEY))
     await server.ClosePoll(pb.ClosePollRequest(poll_id=poll_id))
-    again = await server.CastVote(vote(poll_id, "ada", "mon"))
+    again = await server.CastVote(vote(poll_id, "ada", "mon", key=KEY))
     assert again.receipt == first.receipt
     for voter, option, reason in [("ada", "tue", "ALREADY_VOTED"), ("bob", "mon", "POLL_NOT_OPEN")]:
-        assert (await refused(server.CastVote(vote(poll_id, voter, option)))).reason == reason
+        assert (await refused(server.CastVote(vote(poll_id, voter, option, key=KEY)))).reason == reason
     assert (await read_log(write_dsn, poll_id)).changes[-1] == "poll_closed"
 
 
@@ -245,11 +248,11 @@ async def test_a_batch_is_judged_vote_by_vote(
     if not compiled:
         monkeypatch.setattr(ballots, "compiled", None)
     poll_id = await open_poll(server)
-    await server.CastVote(vote(poll_id, "ada", "mon"))
+    await server.CastVote(vote(poll_id, "ada", "mon", key=KEY))
     long = "v" * 257
     votes = [("ada", "mon"), ("bob", "tue"), ("ada", "tue"), ("", "mon"), ("bob", "tue"), ("bob", "mon"), ("cleo", "")]
     votes += [("cleo", "sun"), (long, "mon"), ("dan", "mon")]
-    [response] = await cast(server, batch(poll_id, *votes, sequence=42))
+    [response] = await cast(server, batch(poll_id, *votes, sequence=42, key=KEY))
     assert (response.batch_sequence, response.accepted, response.already_recorded) == (42, 2, 2)
     assert {rejection.index: ErrorReason.Name(rejection.reason) for rejection in response.rejections} == {
         2: "ERROR_REASON_ALREADY_VOTED",
@@ -269,7 +272,7 @@ async def test_a_batch_that_goes_into_several_commits_gets_one_answer(
 ) -> None:
     monkeypatch.setattr(ballot_queue, "BATCH_BALLOTS", 30)
     poll_id = await open_poll(server)
-    await cast(server, batch(poll_id, *((f"early-{v}", "mon") for v in range(10))))
+    await cast(server, batch(poll_id, *((f"early-{v}", "mon") for v in range(10)), key=KEY))
     votes = [(f"{v}", ("mon", "tue")[v % 2]) for v in range(300)]
     for v in range(10):
         votes[30 * v] = (f"early-{v}", "mon")
@@ -277,7 +280,7 @@ async def test_a_batch_that_goes_into_several_commits_gets_one_answer(
         votes[30 * v + 9] = (f"{30 * v + 9}", "sun")
         # The first vote of a voter in a batch counts, whichever option it names.
         votes[30 * v + 20] = (f"{30 * v + 11}", "mon")
-    responses = await cast(server, *(batch(poll_id, *votes, sequence=n) for n in range(2)))
+    responses = await cast(server, *(batch(poll_id, *votes, sequence=n, key=KEY) for n in range(2)))
     log = await read_log(write_dsn, poll_id)
     assert log.rows == 10 + 300 - 40
     assert max(len(event.votes_cast.option_numbers) for event in log.events) <= 30
@@ -428,8 +431,8 @@ class TestRemembered:
     ) -> None:
         poll_id = await open_poll(server)
         for spelling in (poll_id.upper(), poll_id, poll_id.title()):
-            await server.CastVote(vote(spelling, "ada", "mon"))
-            [answer] = await cast(server, batch(spelling, ("ada", "mon")))
+            await server.CastVote(vote(spelling, "ada", "mon", key=KEY))
+            [answer] = await cast(server, batch(spelling, ("ada", "mon"), key=KEY))
             assert answer.already_recorded == 1
         assert looked_up == [poll_id]
 
@@ -439,12 +442,12 @@ class TestRemembered:
         monkeypatch.setattr(polls, "OPTIONS", 3 * len(SPEC.options))
         hot, *others = [await open_poll(server) for _ in range(6)]
         for poll_id in others:
-            await server.CastVote(vote(poll_id, "ada", "mon"))
-            await server.CastVote(vote(hot, "ada", "mon"))
+            await server.CastVote(vote(poll_id, "ada", "mon", key=KEY))
+            await server.CastVote(vote(hot, "ada", "mon", key=KEY))
         assert looked_up == [others[0], hot, *others[1:]]
         await asyncio.gather(*(server.CastVote(vote(others[0], f"{n}", "mon")) for n in range(50)))
         for poll_id in (hot, others[-1], others[0]):
-            await server.CastVote(vote(poll_id, "ada", "mon"))
+            await server.CastVote(vote(poll_id, "ada", "mon", key=KEY))
         assert set(looked_up[6:]) == {others[0]}, "to look a poll up many times at once makes no other forgotten"
 
 
@@ -463,7 +466,7 @@ async def test_many_voters_at_once_over_both_calls_count_once(server: CommandSer
 
     async def unary(voter: str, option: str) -> None:
         try:
-            answer = await server.CastVote(vote(poll_id, voter, option))
+            answer = await server.CastVote(vote(poll_id, voter, option, key=KEY))
         except grpc.aio.AioRpcError as error:
             refusals[error.code().name] += 1
         else:
@@ -488,7 +491,10 @@ async def test_overlapping_batches_of_several_servers_never_deadlock_or_double(w
         voters = [f"voter-{n}" for n in range(3000)]
         shuffled = [random.Random(seed).sample(voters, len(voters)) for seed in range(8)]
         calls = [
-            cast(server, *(batch(poll_id, *((v, "mon") for v in order[i : i + 500])) for i in range(0, 3000, 500)))
+            cast(
+                server,
+                *(batch(poll_id, *((v, "mon") for v in order[i : i + 500]), key=KEY) for i in range(0, 3000, 500)),
+            )
             for server, order in zip([one, two] * 4, shuffled, strict=True)
         ]
         responses = [response for answered in await asyncio.gather(*calls) for response in answered]
@@ -653,7 +659,7 @@ async def test_an_unreachable_database_is_said_so_and_the_vote_can_be_repeated(
 async def test_a_server_killed_while_it_commits_loses_and_doubles_nothing(write_dsn: str, place: str) -> None:
     async with command_server(write_dsn) as server:
         poll_id = await open_poll(server)
-        votes = batch(poll_id, *((f"voter-{n}", "mon") for n in range(500)))
+        votes = batch(poll_id, *((f"voter-{n}", "mon") for n in range(500)), key=KEY)
         await kill_while_casting(write_dsn, place, votes)
         committed = place == "command.after_commit"
         assert (await read_log(write_dsn, poll_id)).rows == (500 if committed else 0)

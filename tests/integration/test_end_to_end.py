@@ -23,6 +23,7 @@ from tests.servers import sql, views_of, vote_rows
 from tests.system import System
 
 OPTIONS = ("red", "green", "blue")
+KEY = "the key of these tests' caller"
 
 
 async def open_poll(system: System) -> str:
@@ -108,19 +109,19 @@ async def assert_all_stores_agree(system: System, poll_id: str, token: str) -> d
 async def test_two_hundred_voters_each_voting_five_times_at_once_count_once(system: System) -> None:
     poll_id = await open_poll(system)
     chance = random.Random(5)
-    receipts: dict[str, set[str]] = {}
+    receipts: dict[str, set[tuple[str, int]]] = {}
     accepted = already = 0
 
     async def unary(voter: str, option: str) -> None:
         nonlocal accepted, already
         try:
             answer = await system.command.CastVote(
-                command.CastVoteRequest(poll_id=poll_id, voter_id=voter, option_ids=[option])
+                command.CastVoteRequest(poll_id=poll_id, voter_id=voter, option_ids=[option], idempotency_key=KEY)
             )
         except grpc.aio.AioRpcError as error:
             assert error.code() == grpc.StatusCode.ALREADY_EXISTS  # noqa: PT017
         else:
-            receipts.setdefault(voter, set()).add(answer.receipt.SerializeToString().hex())
+            receipts.setdefault(voter, set()).add((answer.receipt.receipt_id, answer.receipt.version))
             accepted += not answer.already_recorded
             already += answer.already_recorded
 
@@ -128,7 +129,9 @@ async def test_two_hundred_voters_each_voting_five_times_at_once_count_once(syst
         nonlocal accepted, already
         batches = [
             command.CastVotesRequest(
-                poll_id=poll_id, votes=[command.Vote(voter_id=v, option_ids=[o]) for v, o in votes[i : i + 10]]
+                poll_id=poll_id,
+                votes=[command.Vote(voter_id=v, option_ids=[o]) for v, o in votes[i : i + 10]],
+                idempotency_key=KEY,
             )
             for i in range(0, len(votes), 10)
         ]
@@ -148,7 +151,7 @@ async def test_two_hundred_voters_each_voting_five_times_at_once_count_once(syst
     for voter, [receipt] in ((voter, list(same)) for voter, same in receipts.items()):
         request = query.GetVoteRequest(poll_id=poll_id, voter_id=voter, at_least_as_fresh=token)
         read = await patiently(lambda request=request: system.query.GetVote(request))
-        assert read.receipt.SerializeToString().hex() == receipt
+        assert read.receipt.receipt_id == receipt[0]
     agreed = await assert_all_stores_agree(system, poll_id, token)
     assert sum(agreed.values()) == 200
 
@@ -217,7 +220,7 @@ async def test_killing_any_process_loses_and_doubles_nothing(system: System) -> 
     async def cast(part: list[str]) -> None:
         for start in range(0, len(part), 100):
             votes = [command.Vote(voter_id=v, option_ids=[chosen[v]]) for v in part[start : start + 100]]
-            request = command.CastVotesRequest(poll_id=poll_id, votes=votes)
+            request = command.CastVotesRequest(poll_id=poll_id, votes=votes, idempotency_key=KEY)
             answer = await patiently_stream(system, request)
             assert not answer.rejections
             if stop.is_set():

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from tally.command.v1.command_service_pb2_grpc import CommandServiceAsyncStub
 
 OPTIONS = ("a", "b", "c", "d")
+# With it a caller proves that a vote was its own.
+KEY = "the key of these tests' caller"
 
 
 @pytest.fixture
@@ -78,12 +80,13 @@ async def close(server: CommandServiceAsyncStub, poll_id: str) -> None:
 
 
 def vote(poll_id: str, voter_id: str, *option_ids: str) -> pb.CastVoteRequest:
-    return pb.CastVoteRequest(poll_id=poll_id, voter_id=voter_id, option_ids=option_ids)
+    return pb.CastVoteRequest(poll_id=poll_id, voter_id=voter_id, option_ids=option_ids, idempotency_key=KEY)
 
 
 async def cast(server: CommandServiceAsyncStub, poll_id: str, *votes: tuple[str, str]) -> pb.CastVotesResponse:
     """One batch of (voter, options as letters)."""
-    batch = pb.CastVotesRequest(poll_id=poll_id, votes=[pb.Vote(voter_id=v, option_ids=list(o)) for v, o in votes])
+    cast = [pb.Vote(voter_id=v, option_ids=list(o)) for v, o in votes]
+    batch = pb.CastVotesRequest(poll_id=poll_id, votes=cast, idempotency_key=KEY)
     [response] = [response async for response in server.CastVotes(iter([batch]))]
     return response
 

@@ -155,7 +155,9 @@ class Traffic:
         while not self._stop:
             self.sent += 1
             voter = f"voter-{self.sent}"
-            request = command.CastVoteRequest(poll_id=self.poll_id, voter_id=voter, option_ids=["red"])
+            request = command.CastVoteRequest(
+                poll_id=self.poll_id, voter_id=voter, option_ids=["red"], idempotency_key="k" * 16
+            )
             answer = await patiently(lambda request=request: self._deployment.command.CastVote(request, timeout=5))  # type: ignore[misc]
             self.token = answer.consistency_token
             self.acknowledged += 1

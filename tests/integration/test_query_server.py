@@ -24,7 +24,7 @@ import redis.asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import REGISTRY
 from tally.event.v1.event_pb2 import Event, PollCreated
-from tally.poll.v1.poll_pb2 import PollOption, PollSpec, PollState
+from tally.poll.v1.poll_pb2 import PollOption, PollSpec, PollState, VoteReceipt
 from tally.query.v1 import query_service_pb2 as pb
 from tally.query.v1.query_service_pb2_grpc import QueryServiceStub
 
@@ -420,8 +420,8 @@ async def test_a_vote_has_the_receipt_that_the_voter_got(server: QueryServiceAsy
     await models.vote(poll_id, "ann", 2)
     receipt = (await server.GetVote(pb.GetVoteRequest(poll_id=str(poll_id), voter_id="ann"))).receipt
     voters = VoterKeys(VOTER_SECRET)
-    assert receipt.receipt_id == voters.receipt_id(poll_id, voters.voter_key("ann"))
-    assert (receipt.poll_id, receipt.version, receipt.recorded_at.ToDatetime(UTC)) == (str(poll_id), 2, NOON)
+    receipt_id = voters.receipt_id(poll_id, voters.voter_key("ann"))
+    assert receipt == VoteReceipt(poll_id=str(poll_id), receipt_id=receipt_id), "not when the vote came"
     assert (
         await refused(server.GetVote(pb.GetVoteRequest(poll_id=str(poll_id), voter_id="bob")))
     ).reason == "VOTE_NOT_FOUND"
@@ -590,7 +590,7 @@ async def test_a_fresh_read_waits_for_the_read_database(server: QueryServiceAsyn
         await connection.execute("UPDATE polls SET version = 3 WHERE poll_id = $1", poll_id)
         await models.announce(poll_id, 3, connection)
     assert (await poll).poll.version == 3
-    assert (await vote).receipt.version == 3
+    assert (await vote).receipt.receipt_id
 
 
 async def test_a_fresh_read_waits_for_a_poll_that_is_not_there_yet(

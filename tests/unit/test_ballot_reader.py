@@ -17,11 +17,13 @@ MARKINGS = {"yes": ballots.marking([0]), "no": ballots.marking([1]), "ö": ballo
 READER = ballots.Reader(VOTERS)
 
 
-def expected(vote: Vote) -> bytes | None:
+def expected(vote: Vote, key: str = "") -> bytes | None:
     """The ballot of a plain vote, by hashlib."""
     if not is_plain_voter_id(vote.voter_id) or len(vote.option_ids) != 1 or vote.option_ids[0] not in MARKINGS:
         return None
-    return VOTERS.voter_key(vote.voter_id) + MARKINGS[vote.option_ids[0]]
+    voter_key = VOTERS.voter_key(vote.voter_id)
+    end = ballots.keyed(VOTERS.idempotency_hash(voter_key, key)) if key else b""
+    return voter_key + MARKINGS[vote.option_ids[0]] + end
 
 
 def check(data: bytes) -> bool:
@@ -29,16 +31,17 @@ def check(data: bytes) -> bool:
     envelope = READER.envelope(data)
     if envelope is None:
         return False
-    marked = READER.mark(data, MARKINGS)
+    marked = READER.mark(data, MARKINGS, envelope.idempotency_key)
     try:
         request = CastVotesRequest.FromString(data)
     except DecodeError:
         # Some vote is broken; the server finds out when it reads the request for that vote.
         assert None in marked
         return False
-    assert envelope == (request.batch_sequence, request.poll_id, len(request.votes))
+    key = request.idempotency_key
+    assert envelope == (request.batch_sequence, request.poll_id, len(request.votes), key)
     for ballot, vote in zip(marked, request.votes, strict=True):
-        assert ballot in (None, expected(vote))
+        assert ballot in (None, expected(vote, key))
     return True
 
 
@@ -88,16 +91,46 @@ def test_every_byte_at_every_end_is_judged_as_the_rules_judge_it() -> None:
     assert marked == [expected(vote) for vote in votes]
 
 
+@pytest.mark.parametrize("length", [0, 1, 16, 64])
+def test_a_keyed_ballot_is_the_same_as_everywhere_else(length: int) -> None:
+    votes = [Vote(voter_id="ada", option_ids=[option]) for option in MARKINGS]
+    key = "k" * length
+    data = CastVotesRequest(poll_id="p" * 36, votes=votes, idempotency_key=key).SerializeToString()
+    assert READER.mark(data, MARKINGS, key) == [expected(vote, key) for vote in votes]
+    assert check(data)
+
+
+def over_long(value: int, size: int) -> bytes:
+    """A number as a varint of more bytes than it needs."""
+    return bytes(value >> 7 * place & 0x7F | (0x80 if place < size - 1 else 0) for place in range(size))
+
+
+@pytest.mark.parametrize("size", range(1, 11))
+def test_a_length_is_as_long_as_protobuf_takes_it(size: int) -> None:
+    vote = Vote(voter_id="ada", option_ids=["yes"]).SerializeToString()
+    inner = b"\x0a" + over_long(3, size) + b"ada" + b"\x12\x03yes"
+    for data in (b"\x1a" + over_long(len(vote), size) + vote, b"\x1a" + bytes([len(inner)]) + inner):
+        try:
+            CastVotesRequest.FromString(data)
+        except DecodeError:
+            envelope = READER.envelope(data)
+            assert envelope is None or READER.mark(data, MARKINGS) == [None]
+        else:
+            assert READER.mark(data, MARKINGS) == [expected(Vote.FromString(vote))]
+
+
 def test_unusual_encodings_are_left_to_protobuf() -> None:
     vote = Vote(voter_id="ada", option_ids=["yes"]).SerializeToString()
     twice = b"\x1a" + bytes([2 * len(vote)]) + vote + vote
     assert READER.mark(twice, MARKINGS) == [None]
-    unknown = b"\x22\x01x"
+    unknown = b"\x2a\x01x"
     assert READER.envelope(unknown) is None
     assert READER.mark(b"\x1a" + bytes([len(vote) + 3]) + vote + unknown, MARKINGS) == [None]
     assert READER.envelope(b"\x08" + b"\xff" * 10 + b"\x01") is None
     assert READER.envelope(b"\x1a\x7f") is None
     assert READER.envelope(b"\x12\x02\xc3\xb6") is None
+    assert READER.envelope(b"\x22\x02\xc3\xb6") is None
+    assert READER.envelope(b"\x22\x41" + b"k" * 65) is None
     with pytest.raises(ValueError, match="envelope"):
         READER.mark(b"\x1a\x7f", MARKINGS)
 
@@ -108,7 +141,8 @@ def test_whatever_bytes_come_it_never_reads_something_else_than_protobuf() -> No
         Vote(voter_id=chance.choice(["ada", "bob" * 50, "josé", ""]), option_ids=chance.choices([*MARKINGS], k=1))
         for _ in range(20)
     ]
-    whole = CastVotesRequest(batch_sequence=77, poll_id="p" * 36, votes=votes).SerializeToString()
+    request = CastVotesRequest(batch_sequence=77, poll_id="p" * 36, votes=votes, idempotency_key="k" * 20)
+    whole = request.SerializeToString()
     read = 0
     for _ in range(20_000):
         data = bytearray(whole[: chance.randrange(1, len(whole) + 1)] if chance.random() < 0.3 else whole)

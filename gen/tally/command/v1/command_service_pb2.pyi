@@ -397,12 +397,20 @@ class CastVoteRequest(message.Message):
     POLL_ID_FIELD_NUMBER: builtins.int
     VOTER_ID_FIELD_NUMBER: builtins.int
     OPTION_IDS_FIELD_NUMBER: builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: builtins.int
     poll_id: builtins.str
     """poll_id is the poll to vote in; a UUID."""
     voter_id: builtins.str
     """voter_id says who votes, in the caller's own terms; 1 to 256 characters (code points) in Unicode normal form C, without
     control or invisible characters, and without white space at its ends. Otherwise it is INVALID_REQUEST, and the message
     names the character. It is compared as it is: "Ada" and "ada" are two voters. Only a keyed hash of it is stored.
+    """
+    idempotency_key: builtins.str
+    """idempotency_key is a secret of the caller, 16 to 64 printable ASCII characters, or empty. Only a repeat with the key of the
+    recorded vote is compared with it: the same choice is OK with the first receipt, another one ALREADY_VOTED. A repeat
+    without that key is ALREADY_VOTED whatever it chooses, because the answer must not tell what the voter chose. One
+    key can serve all votes of a caller, because it is hashed together with the voter; it must not be made of what
+    others know, such as the voter_id.
     """
     @builtins.property
     def option_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
@@ -414,10 +422,11 @@ class CastVoteRequest(message.Message):
         poll_id: builtins.str = ...,
         voter_id: builtins.str = ...,
         option_ids: abc.Iterable[builtins.str] | None = ...,
+        idempotency_key: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["option_ids", b"option_ids", "poll_id", b"poll_id", "voter_id", b"voter_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["idempotency_key", b"idempotency_key", "option_ids", b"option_ids", "poll_id", b"poll_id", "voter_id", b"voter_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -431,7 +440,7 @@ class CastVoteResponse(message.Message):
     ALREADY_RECORDED_FIELD_NUMBER: builtins.int
     CONSISTENCY_TOKEN_FIELD_NUMBER: builtins.int
     already_recorded: builtins.bool
-    """already_recorded is true where an earlier call recorded this vote."""
+    """already_recorded is true where an earlier call with the same idempotency_key recorded this vote."""
     consistency_token: builtins.str
     """consistency_token can be given to a query as at_least_as_fresh, to read this vote; opaque."""
     @builtins.property
@@ -460,10 +469,15 @@ class CastVotesRequest(message.Message):
     BATCH_SEQUENCE_FIELD_NUMBER: builtins.int
     POLL_ID_FIELD_NUMBER: builtins.int
     VOTES_FIELD_NUMBER: builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: builtins.int
     batch_sequence: builtins.int
     """batch_sequence is the caller's number for the batch; the answer repeats it."""
     poll_id: builtins.str
     """poll_id is the poll to vote in; a UUID."""
+    idempotency_key: builtins.str
+    """idempotency_key is the secret of all votes of the batch, 16 to 64 printable ASCII characters, or empty: see
+    CastVoteRequest.idempotency_key. A vote that was cast with it can be repeated by CastVote and by CastVotes.
+    """
     @builtins.property
     def votes(self) -> containers.RepeatedCompositeFieldContainer[Vote]:
         """votes are the votes, 1 to 20,000. Each is judged for itself: see CastVotesResponse.rejections."""
@@ -474,10 +488,11 @@ class CastVotesRequest(message.Message):
         batch_sequence: builtins.int = ...,
         poll_id: builtins.str = ...,
         votes: abc.Iterable[Vote] | None = ...,
+        idempotency_key: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["batch_sequence", b"batch_sequence", "poll_id", b"poll_id", "votes", b"votes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["batch_sequence", b"batch_sequence", "idempotency_key", b"idempotency_key", "poll_id", b"poll_id", "votes", b"votes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -527,7 +542,9 @@ class CastVotesResponse(message.Message):
     accepted: builtins.int
     """accepted is how many votes this batch added."""
     already_recorded: builtins.int
-    """already_recorded is how many votes an earlier call (or an earlier vote of this batch) recorded just so."""
+    """already_recorded is how many votes an earlier call (or an earlier vote of this batch) with the same idempotency_key
+    recorded just so.
+    """
     consistency_token: builtins.str
     """consistency_token can be given to a query as at_least_as_fresh, to read these votes; opaque. Empty where every vote
     was rejected.

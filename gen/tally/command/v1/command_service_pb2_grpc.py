@@ -145,11 +145,13 @@ class CommandServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CastVote(self, request, context):
-        """CastVote records one vote. A repeat of the same vote is OK and gets the first receipt; another choice by the same
-        voter is ALREADY_VOTED, unless the poll allows vote changes: then the last one counts. To retry after any failure is
-        safe, but where votes can be changed, retry a vote before you send the voter's next one; and cancel a call, or give it
-        a deadline, rather than leave it: a vote whose call has ended replaces nothing that was recorded after it. Two votes of
-        one voter at the same moment: the one that finds the other recorded is VOTE_CONFLICT.
+        """CastVote records one vote. A second vote by the same voter is ALREADY_VOTED, whatever it chooses; but a repeat of the
+        same vote with the same idempotency_key is OK and gets the first receipt. Where the poll allows vote changes, a second
+        vote is OK and the last one counts. To retry after any failure is safe: nothing is counted twice. A retry without an
+        idempotency_key may be told ALREADY_VOTED because of its own first attempt. Where votes can be changed, retry a vote
+        before you send the voter's next one; and cancel a call, or give it a deadline, rather than leave it: a vote whose call
+        has ended replaces nothing that was recorded after it. Two votes of one voter at the same moment: the one that finds
+        the other recorded is VOTE_CONFLICT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -57,11 +57,13 @@ class CommandServiceStub:
     request is durable by itself: after a broken call, send everything again.
     """
     CastVote: _grpc.UnaryUnaryMultiCallable[_command_service_pb2.CastVoteRequest, _command_service_pb2.CastVoteResponse]
-    """CastVote records one vote. A repeat of the same vote is OK and gets the first receipt; another choice by the same
-    voter is ALREADY_VOTED, unless the poll allows vote changes: then the last one counts. To retry after any failure is
-    safe, but where votes can be changed, retry a vote before you send the voter's next one; and cancel a call, or give it
-    a deadline, rather than leave it: a vote whose call has ended replaces nothing that was recorded after it. Two votes of
-    one voter at the same moment: the one that finds the other recorded is VOTE_CONFLICT.
+    """CastVote records one vote. A second vote by the same voter is ALREADY_VOTED, whatever it chooses; but a repeat of the
+    same vote with the same idempotency_key is OK and gets the first receipt. Where the poll allows vote changes, a second
+    vote is OK and the last one counts. To retry after any failure is safe: nothing is counted twice. A retry without an
+    idempotency_key may be told ALREADY_VOTED because of its own first attempt. Where votes can be changed, retry a vote
+    before you send the voter's next one; and cancel a call, or give it a deadline, rather than leave it: a vote whose call
+    has ended replaces nothing that was recorded after it. Two votes of one voter at the same moment: the one that finds
+    the other recorded is VOTE_CONFLICT.
     """
     CastVotes: _grpc.StreamStreamMultiCallable[_command_service_pb2.CastVotesRequest, _command_service_pb2.CastVotesResponse]
     """CastVotes records many votes, for services that collect them. Each request is answered once, in order, after its
@@ -98,11 +100,13 @@ class CommandServiceAsyncStub(CommandServiceStub):
     request is durable by itself: after a broken call, send everything again.
     """
     CastVote: _aio.UnaryUnaryMultiCallable[_command_service_pb2.CastVoteRequest, _command_service_pb2.CastVoteResponse]  # type: ignore[assignment]
-    """CastVote records one vote. A repeat of the same vote is OK and gets the first receipt; another choice by the same
-    voter is ALREADY_VOTED, unless the poll allows vote changes: then the last one counts. To retry after any failure is
-    safe, but where votes can be changed, retry a vote before you send the voter's next one; and cancel a call, or give it
-    a deadline, rather than leave it: a vote whose call has ended replaces nothing that was recorded after it. Two votes of
-    one voter at the same moment: the one that finds the other recorded is VOTE_CONFLICT.
+    """CastVote records one vote. A second vote by the same voter is ALREADY_VOTED, whatever it chooses; but a repeat of the
+    same vote with the same idempotency_key is OK and gets the first receipt. Where the poll allows vote changes, a second
+    vote is OK and the last one counts. To retry after any failure is safe: nothing is counted twice. A retry without an
+    idempotency_key may be told ALREADY_VOTED because of its own first attempt. Where votes can be changed, retry a vote
+    before you send the voter's next one; and cancel a call, or give it a deadline, rather than leave it: a vote whose call
+    has ended replaces nothing that was recorded after it. Two votes of one voter at the same moment: the one that finds
+    the other recorded is VOTE_CONFLICT.
     """
     CastVotes: _aio.StreamStreamMultiCallable[_command_service_pb2.CastVotesRequest, _command_service_pb2.CastVotesResponse]  # type: ignore[assignment]
     """CastVotes records many votes, for services that collect them. Each request is answered once, in order, after its
@@ -184,11 +188,13 @@ class CommandServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _command_service_pb2.CastVoteRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_command_service_pb2.CastVoteResponse, _abc.Awaitable[_command_service_pb2.CastVoteResponse]]:
-        """CastVote records one vote. A repeat of the same vote is OK and gets the first receipt; another choice by the same
-        voter is ALREADY_VOTED, unless the poll allows vote changes: then the last one counts. To retry after any failure is
-        safe, but where votes can be changed, retry a vote before you send the voter's next one; and cancel a call, or give it
-        a deadline, rather than leave it: a vote whose call has ended replaces nothing that was recorded after it. Two votes of
-        one voter at the same moment: the one that finds the other recorded is VOTE_CONFLICT.
+        """CastVote records one vote. A second vote by the same voter is ALREADY_VOTED, whatever it chooses; but a repeat of the
+        same vote with the same idempotency_key is OK and gets the first receipt. Where the poll allows vote changes, a second
+        vote is OK and the last one counts. To retry after any failure is safe: nothing is counted twice. A retry without an
+        idempotency_key may be told ALREADY_VOTED because of its own first attempt. Where votes can be changed, retry a vote
+        before you send the voter's next one; and cancel a call, or give it a deadline, rather than leave it: a vote whose call
+        has ended replaces nothing that was recorded after it. Two votes of one voter at the same moment: the one that finds
+        the other recorded is VOTE_CONFLICT.
         """
 
     @_abc_1.abstractmethod

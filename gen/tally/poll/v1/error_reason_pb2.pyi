@@ -47,7 +47,9 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     ERROR_REASON_POLL_NOT_DRAFT: _ErrorReason.ValueType  # 7
     """ERROR_REASON_POLL_NOT_DRAFT: the poll was opened before; FAILED_PRECONDITION. Example: OpenPoll on a closed poll."""
     ERROR_REASON_ALREADY_VOTED: _ErrorReason.ValueType  # 8
-    """ERROR_REASON_ALREADY_VOTED: this voter voted for another option before, and that vote stands; ALREADY_EXISTS."""
+    """ERROR_REASON_ALREADY_VOTED: a vote of this voter is recorded, and that vote stands; ALREADY_EXISTS. Example: a second
+    vote, or a retry without the idempotency_key of the first attempt. It does not tell what was chosen.
+    """
     ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 9
     """ERROR_REASON_OVERLOADED: the server's queue is full; nothing was recorded; RESOURCE_EXHAUSTED, with a
     `google.rpc.RetryInfo`.
@@ -111,7 +113,9 @@ after ClosePoll.
 ERROR_REASON_POLL_NOT_DRAFT: ErrorReason.ValueType  # 7
 """ERROR_REASON_POLL_NOT_DRAFT: the poll was opened before; FAILED_PRECONDITION. Example: OpenPoll on a closed poll."""
 ERROR_REASON_ALREADY_VOTED: ErrorReason.ValueType  # 8
-"""ERROR_REASON_ALREADY_VOTED: this voter voted for another option before, and that vote stands; ALREADY_EXISTS."""
+"""ERROR_REASON_ALREADY_VOTED: a vote of this voter is recorded, and that vote stands; ALREADY_EXISTS. Example: a second
+vote, or a retry without the idempotency_key of the first attempt. It does not tell what was chosen.
+"""
 ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 9
 """ERROR_REASON_OVERLOADED: the server's queue is full; nothing was recorded; RESOURCE_EXHAUSTED, with a
 `google.rpc.RetryInfo`.

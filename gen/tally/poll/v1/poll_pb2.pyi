@@ -236,11 +236,14 @@ class VoteReceipt(message.Message):
     """receipt_id is opaque, and the same for every vote of this voter in this poll."""
     version: builtins.int
     """version is the version of the poll that counts this vote for the first time. Where votes can be changed, it tells
-    which one counts: the one with the highest version.
+    which one counts: the one with the highest version. Only the caller that cast the vote is told: 0 in answers of
+    QueryService, because counts by version would tell what the voter chose.
     """
     @builtins.property
     def recorded_at(self) -> timestamp_pb2.Timestamp:
-        """recorded_at is when the vote was recorded, by the write database's clock."""
+        """recorded_at is when the vote was recorded, by the write database's clock. Absent in answers of QueryService, for the
+        same reason.
+        """
 
     def __init__(
         self,

@@ -637,7 +637,7 @@ class GetVoteResponse(message.Message):
     RECEIPT_FIELD_NUMBER: builtins.int
     @builtins.property
     def receipt(self) -> poll_pb2.VoteReceipt:
-        """receipt is the one that CastVote returned."""
+        """receipt is the one that CastVote returned, without its version and recorded_at."""
 
     def __init__(
         self,
@@ -972,7 +972,7 @@ class VoterVote(message.Message):
     """poll_state is where the poll is in its life."""
     @builtins.property
     def receipt(self) -> poll_pb2.VoteReceipt:
-        """receipt is the one that CastVote returned, with the poll's id."""
+        """receipt is the one that CastVote returned, without its version and recorded_at."""
 
     @builtins.property
     def outcome(self) -> Outcome:

@@ -140,7 +140,8 @@ class QueryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetVote(self, request, context):
-        """GetVote returns a voter's receipt. Fails with VOTE_NOT_FOUND.
+        """GetVote tells that a voter has voted, and the receipt's id; not when, which would tell what was chosen. Fails with
+        VOTE_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -57,7 +57,9 @@ class QueryServiceStub:
     token of ClosePoll, or after closes_at.
     """
     GetVote: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.GetVoteRequest, _query_service_pb2.GetVoteResponse]
-    """GetVote returns a voter's receipt. Fails with VOTE_NOT_FOUND."""
+    """GetVote tells that a voter has voted, and the receipt's id; not when, which would tell what was chosen. Fails with
+    VOTE_NOT_FOUND.
+    """
     GetReadModelStatus: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.GetReadModelStatusRequest, _query_service_pb2.GetReadModelStatusResponse]
     """GetReadModelStatus tells an operator how far the read models are behind the event log, and what holds them up. It
     answers whatever is down: what nobody knows at the moment is absent, and never 0.
@@ -104,7 +106,9 @@ class QueryServiceAsyncStub(QueryServiceStub):
     token of ClosePoll, or after closes_at.
     """
     GetVote: _aio.UnaryUnaryMultiCallable[_query_service_pb2.GetVoteRequest, _query_service_pb2.GetVoteResponse]  # type: ignore[assignment]
-    """GetVote returns a voter's receipt. Fails with VOTE_NOT_FOUND."""
+    """GetVote tells that a voter has voted, and the receipt's id; not when, which would tell what was chosen. Fails with
+    VOTE_NOT_FOUND.
+    """
     GetReadModelStatus: _aio.UnaryUnaryMultiCallable[_query_service_pb2.GetReadModelStatusRequest, _query_service_pb2.GetReadModelStatusResponse]  # type: ignore[assignment]
     """GetReadModelStatus tells an operator how far the read models are behind the event log, and what holds them up. It
     answers whatever is down: what nobody knows at the moment is absent, and never 0.
@@ -184,7 +188,9 @@ class QueryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _query_service_pb2.GetVoteRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_query_service_pb2.GetVoteResponse, _abc.Awaitable[_query_service_pb2.GetVoteResponse]]:
-        """GetVote returns a voter's receipt. Fails with VOTE_NOT_FOUND."""
+        """GetVote tells that a voter has voted, and the receipt's id; not when, which would tell what was chosen. Fails with
+        VOTE_NOT_FOUND.
+        """
 
     @_abc_1.abstractmethod
     def GetReadModelStatus(
