@@ -163,7 +163,7 @@ async def _start_stores(supervisor: Supervisor, directory: Path, taken: set[int]
     own = {variable: database for variable, database in databases.items() if variable not in stores}
     programs = []
     if own:
-        cluster = embedded.Postgres(directory, list(own.values()), taken)
+        cluster = embedded.Postgres(directory, list(own.values()), taken, irreplaceable=databases["TALLY_WRITE_DSN"])
         stores |= {variable: cluster.dsn(database) for variable, database in own.items()}
         programs.append(await cluster.program())
     if "TALLY_NATS_URL" not in stores:

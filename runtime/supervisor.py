@@ -1,4 +1,4 @@
-"""Processes of this machine: started, known to serve, restarted when they die, and never left behind."""
+"""Processes of this machine: started, known to serve, restarted when they die or no longer serve, never left behind."""
 
 import asyncio
 import json
@@ -27,12 +27,30 @@ _SLOW_START_SECONDS = 10.0
 # A process that served this long gets its next restart after the shortest pause.
 _STABLE_SECONDS = 10.0
 _LEFTOVER_SECONDS = 5.0
+# How often a process is checked that says how, and how long an answer may take.
+_CHECK_SECONDS = 3.0
+_ANSWER_SECONDS = 5.0
+# After a restart that did not help the next one comes later, twice as late each time, up to this.
+_LONGEST_PATIENCE_SECONDS = 600.0
+_STOP_SECONDS = 10.0
 
 
 def _silent(_: str) -> None: ...
 
 
 async def _nothing() -> None: ...
+
+
+async def _no_mending(_: str) -> str:
+    return ""
+
+
+class NotServing(Exception):  # noqa: N818 - says what a process does
+    """A process answers, but does not do its work; the message says why. `restart`: whether a restart may help."""
+
+    def __init__(self, reason: str, *, restart: bool = True) -> None:
+        super().__init__(reason)
+        self.restart = restart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +61,11 @@ class Program:
     TimeoutError or EOFError for "not yet". `prepare` is awaited before each start. `user` is uid and gid. The
     `stop_signals` are sent in turn, each with an equal part of the time that the program has to end; `orphan_signal`
     is what it gets when this process dies.
+
+    `check`, if there is one, is awaited every few seconds while the program runs: it has the program do its work, for a
+    store a write, and raises NotServing, or anything else for "no answer". The program is restarted once that has gone
+    on for `patience` seconds. `mend` is awaited when the program has ended before it served, with what it said: it
+    removes the cause and returns what it did, or nothing; it may raise Died with better words.
     """
 
     name: str
@@ -54,6 +77,9 @@ class Program:
     prepare: Callable[[], Awaitable[None]] = _nothing
     stop_signals: Sequence[signal.Signals] = (signal.SIGTERM,)
     orphan_signal: signal.Signals = signal.SIGKILL
+    check: Callable[[], Awaitable[None]] | None = None
+    patience: float = 30.0
+    mend: Callable[[str], Awaitable[str]] = _no_mending
 
 
 class Died(Exception):  # noqa: N818 - an event in the life of a process
@@ -78,6 +104,8 @@ class Process:
         self._changed = changed
         self._child: asyncio.subprocess.Process | None = None
         self._status: int | None = None
+        # From the moment that it serves until it ends or is stopped.
+        self.serves = False
         self._log_start = 0
         self._log_seen = log.stat().st_size if log.exists() else 0
 
@@ -87,7 +115,17 @@ class Process:
         return self._child.pid if self._child and self._child.returncode is None else None
 
     async def start(self) -> None:
-        """Starts it and returns once it serves. Raises Died if it ends before that."""
+        """Starts it and returns once it serves. Raises Died if it ends before that and cannot be mended."""
+        try:
+            await self._start()
+        except Died as death:
+            mended = await self.program.mend(str(death))
+            if not mended:
+                raise
+            self._say(f"{death}\n{mended}")
+            await self._start()
+
+    async def _start(self) -> None:
         if self.pid:
             raise RuntimeError(f"{self.name} runs already")
         await self.program.prepare()
@@ -96,7 +134,7 @@ class Process:
         await self._spawn()
         self._changed()
         began = spoken = time.monotonic()
-        while not await self._serves():
+        while not await self._is_ready():
             if self.pid is None:
                 await self.ended()
                 raise Died(f"{self.name} {self.how_it_ended()}{self.last_lines()}")
@@ -104,6 +142,7 @@ class Process:
                 spoken = time.monotonic()
                 self._say(f"{self.name} does not serve yet, {spoken - began:.0f} s after its start{self.last_lines()}")
             await asyncio.sleep(0.02)
+        self.serves = True
 
     async def ended(self) -> None:
         """Returns once it runs no more, nor anything of its process group."""
@@ -113,12 +152,14 @@ class Process:
         self._status = await child.wait()
         if self._child is child:
             self._child = None
+            self.serves = False
             _kill_group(child.pid)
             self._changed()
 
     async def stop(self, seconds: float = 5.0) -> bool:
         """Asks it to end, and kills it after `seconds`, or when cancelled; says whether it ended in time."""
         signals = self.program.stop_signals
+        self.serves = False
         try:
             for number in signals:
                 self.signal(number)
@@ -192,7 +233,22 @@ class Process:
             except OSError as error:
                 raise Died(f"{self.name} cannot be started: {error}") from error
 
-    async def _serves(self) -> bool:
+    async def problem(self) -> NotServing | None:
+        """Why it does not do its work, as its check says."""
+        if self.program.check is None:
+            return None
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                await self.program.check()
+        except NotServing as problem:
+            return problem
+        except TimeoutError:
+            return NotServing(f"no answer within {_ANSWER_SECONDS:g} s")
+        except Exception as error:  # noqa: BLE001 - whatever its driver makes of it
+            return NotServing(str(error) or type(error).__name__)
+        return None
+
+    async def _is_ready(self) -> bool:
         if isinstance(self.program.ready, Path):
             return self.program.ready.exists()
         try:
@@ -233,7 +289,8 @@ class Supervisor:
         self._watches: list[asyncio.Task[None]] = [tasks.create_task(self._bound_logs())]
 
     async def start(self, programs: Iterable[Program], stop_seconds: float) -> None:
-        """Starts programs at once and returns when all serve; from then on each is restarted when it dies.
+        """Starts programs at once and returns when all serve; from then on each is restarted when it dies, or when its
+        check says for too long that it does not serve.
 
         Raises Died if one ends before it serves. Groups are stopped in reverse order; this one has `stop_seconds`.
         """
@@ -245,6 +302,7 @@ class Supervisor:
         self._groups.append((group, stop_seconds))
         await start_together(group)
         self._watches += [self._tasks.create_task(self._keep(process)) for process in group]
+        self._watches += [self._tasks.create_task(self._check(process)) for process in group if process.program.check]
 
     async def stop(self) -> None:
         """Stops the groups, the last started first, and kills what does not end in its time."""
@@ -279,6 +337,31 @@ class Supervisor:
             self._say(f"{process.name} {process.how_it_ended()} and is started again{process.last_lines()}")
             await self._restart(process, backoff)
             self._say(f"{process.name} serves again, as process {process.pid}")
+
+    async def _check(self, process: Process) -> None:
+        patience, since, told = process.program.patience, 0.0, ""
+        while True:
+            await asyncio.sleep(_CHECK_SECONDS)
+            if not process.serves:
+                # It is being started, which `_keep` does and tells.
+                since = 0.0
+                continue
+            problem = await process.problem()
+            if problem is None:
+                if told:
+                    self._say(f"{process.name} does its work again")
+                patience, since, told = process.program.patience, 0.0, ""
+                continue
+            now = time.monotonic()
+            # Told from the second time on, and again when the reason changes.
+            if since and told != str(problem):
+                told = str(problem)
+                self._say(f"{process.name} runs, but does not do its work: {problem}")
+            since = since or now
+            if problem.restart and now - since > patience:
+                self._say(f"{process.name} has not done its work for {now - since:.0f} s: it is restarted")
+                patience = min(2 * patience, _LONGEST_PATIENCE_SECONDS)
+                await process.stop(_STOP_SECONDS)
 
     async def _restart(self, process: Process, backoff: Backoff) -> None:
         while True:
@@ -331,6 +414,7 @@ async def supervise(
     there is one at a time. `say` gets what an operator should know, `changed` all processes each time that one has
     started or ended, `echo` the name of a process and a line of its output.
     """
+    (directory / "logs").mkdir(exist_ok=True)
     await _stop_leftovers(directory / "processes.json", say)
     async with asyncio.TaskGroup() as tasks:
         supervisor = Supervisor(directory, tasks, say, changed)

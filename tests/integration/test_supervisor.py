@@ -290,8 +290,9 @@ async def test_the_log_of_a_process_that_goes_on_writing_is_bounded(
 
 
 async def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
-    (tmp_path / "logs").write_text("no folder")
+    log = tmp_path / "logs" / "one.log"
+    log.mkdir(parents=True)
     async with supervising(tmp_path, 5, program(tmp_path, "one")) as watched:
         assert watched.process("one").pid
         assert watched.process("one").last_lines() == ""
-    assert watched.said == [f"one runs without a log: [Errno 17] File exists: '{tmp_path / 'logs'}'"]
+    assert watched.said == [f"one runs without a log: [Errno 21] Is a directory: '{log}'"]
