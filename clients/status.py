@@ -111,6 +111,10 @@ def _troubles(model: ReadModelStatus, at: Timestamp, max_behind: float) -> Itera
             yield _silence("its projector", model.reported_at, at)
         case ReadModelState.READ_MODEL_STATE_INTERRUPTED:
             yield f"its projector is interrupted: {model.last_error or 'it has just begun'}"
+        case ReadModelState.READ_MODEL_STATE_FILLING:
+            yield "it is being filled, and is not read until it has everything"
+        case ReadModelState.READ_MODEL_STATE_REBUILDING:
+            yield "it is being rebuilt for the newest log epoch; until then it shows an earlier history"
         case _ if not model.HasField("events_behind"):
             yield "it is not known how far it is behind"
     if model.events_behind and model.seconds_behind > max_behind:

@@ -20,6 +20,9 @@ ever holds what it must not tell. The projector keeps what it counts on from in 
 from struct import Struct
 from uuid import UUID
 
+from contracts import log_epoch
+from contracts.log_epoch import ZERO, LogPosition
+
 GENERATION_KEY = "tally:live:generation"
 FIRST_GENERATION = "0"
 # The copy that a rebuild is making.
@@ -33,6 +36,12 @@ STATUS_KEY = "tally:live:status"
 def position_key(generation: str) -> str:
     """How far into the stream a copy is; see migrations/read/views/0001_views.sql, stream_position."""
     return f"tally:live:{generation}:position"
+
+
+def epoch_of(position: bytes) -> UUID:
+    """The log epoch that a copy is made from: the third word at its `position_key`, after sequence and moment. Raises
+    ValueError for what is no position."""
+    return log_epoch.parse(b"".join(position.split()[2:3]).decode())
 
 
 def frozen_key(generation: str) -> str:
@@ -60,13 +69,14 @@ def live_channel(poll_id: UUID | str) -> str:
     return f"tally:live:{poll_id}"
 
 
-# No protobuf message begins with a zero byte.
+# No protobuf message begins with a zero byte. Of a log without epochs there is the version only.
 _HIDDEN = Struct(">xQ")
+_EPOCH_BYTES = 16
 
 
-def hidden_results(version: int) -> bytes:
+def hidden_results(version: int, epoch: UUID = ZERO) -> bytes:
     """What stands in the place of the results of a poll that hides them."""
-    return _HIDDEN.pack(version)
+    return _HIDDEN.pack(version) + (b"" if epoch == ZERO else epoch.bytes)
 
 
 def are_hidden(results: bytes) -> bool:
@@ -74,7 +84,10 @@ def are_hidden(results: bytes) -> bool:
     return results.startswith(b"\0")
 
 
-def hidden_version(results: bytes) -> int:
-    """The version in `hidden_results`. Raises struct.error for what only begins like them."""
-    version: int = _HIDDEN.unpack(results)[0]
-    return version
+def hidden_position(results: bytes) -> LogPosition:
+    """The position in `hidden_results`. Raises ValueError for what only begins like them."""
+    epoch = results[_HIDDEN.size :]
+    if len(results) < _HIDDEN.size or len(epoch) not in (0, _EPOCH_BYTES):
+        raise ValueError("neither results nor hidden ones")
+    (version,) = _HIDDEN.unpack_from(results)
+    return LogPosition(UUID(bytes=epoch) if epoch else ZERO, version)

@@ -5,6 +5,7 @@ same versions again, with other content. So every position is a pair (log_epoch,
 Epochs are UUIDs of version 7, which grow with time: `migrations/write/0006_log_epoch.sql` begins them.
 """
 
+from typing import NamedTuple
 from uuid import UUID
 
 # The epoch of an installation that is older than epochs, and of everything that carries none.
@@ -19,3 +20,24 @@ def parse(text: str) -> UUID:
     if epoch != ZERO and epoch.version != 7:
         raise ValueError(f"not a log epoch: {text}")
     return epoch
+
+
+def text(log_epoch: UUID) -> str:
+    """An epoch as `parse` reads it, which is how messages carry it: empty for ZERO."""
+    return "" if log_epoch == ZERO else str(log_epoch)
+
+
+class LogPosition(NamedTuple):
+    """How far a poll is in the log. Whole positions are compared: a later epoch is further, at whichever version."""
+
+    log_epoch: UUID
+    version: int
+
+
+def reaches(seen: LogPosition, least: LogPosition) -> bool:
+    """Whether a read model that has a poll at `seen` shows it at `least`; one that knows no epoch goes by versions."""
+    return seen >= least or (seen.log_epoch == ZERO and seen.version >= least.version > 0)
+
+
+# Before the first event of any poll.
+NOWHERE = LogPosition(ZERO, 0)

@@ -75,6 +75,13 @@ class Refusal(Exception):  # noqa: N818 - the caller's fault or a passing state,
         return status
 
 
+class ReadModelBehind(Refusal):
+    """No store shows what is asked for yet, or what was answered before. It passes, so it is worth asking again."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ErrorReason.ERROR_REASON_READ_MODEL_BEHIND, message)
+
+
 def reason_name(reason: ErrorReason.ValueType) -> str:
     """The reason as callers see it: `POLL_NOT_FOUND`."""
     return ErrorReason.Name(reason).removeprefix("ERROR_REASON_")

@@ -12,6 +12,7 @@ from contracts.failures import status_of
 from contracts.voters import VoterKeys
 from query_server import live
 from query_server.announcements import Announcements
+from query_server.answered import Answered
 from query_server.live import LiveResults
 from query_server.service import QueryService
 from query_server.status import Status
@@ -57,9 +58,11 @@ async def serve(settings: QuerySettings, stop: asyncio.Event, ready: Callable[[i
     views = Views(pool)
     results = LiveResults(redis, views)
     announcements = Announcements(settings.read_dsn, views)
-    watchers = Watchers(redis, results, views, announcements)
+    answered = Answered()
+    watchers = Watchers(redis, results, views, announcements, answered)
     status = Status(results, views)
-    service = QueryService(views, announcements, results, watchers, status, VoterKeys(settings.voter_secret))
+    voters = VoterKeys(settings.voter_secret)
+    service = QueryService(views, announcements, results, watchers, status, voters, answered)
 
     server = serving.new_server(share_port=settings.worker, max_connection_age=settings.max_connection_age)
     serving.add_service(server, add_QueryServiceServicer_to_server, service, status_of)

@@ -17,8 +17,9 @@ from prometheus_client import Counter, Gauge
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 
 from contracts.failures import STORE_FAILURES
+from contracts.log_epoch import LogPosition, reaches
 from contracts.read_database import CHANNEL, parse_announcement
-from contracts.refusals import Refusal
+from contracts.refusals import ReadModelBehind, Refusal
 from query_server.views import Views
 from runtime import postgres
 from runtime.lifecycle import Backoff
@@ -50,7 +51,7 @@ _lookups = Counter("tally_query_version_lookups", "Times that the polls which ar
 
 
 class _Wait(NamedTuple):
-    version: int
+    least: LogPosition
     reached: Callable[[], None]
 
 
@@ -67,8 +68,8 @@ class Announcements:
         self._unheard = asyncio.Event()
 
     @contextmanager
-    def expect(self, read_model: str, poll_id: UUID, version: int, reached: Callable[[], None]) -> Iterator[None]:
-        """Calls `reached` whenever it is heard that a read model has the poll at this version or a later one.
+    def expect(self, read_model: str, poll_id: UUID, least: LogPosition, reached: Callable[[], None]) -> Iterator[None]:
+        """Calls `reached` whenever it is heard that a read model has the poll at `least` or further.
 
         The server that is read may still be behind the one that announces. Raises OVERLOADED.
         """
@@ -76,7 +77,7 @@ class Announcements:
             raise Refusal(
                 ErrorReason.ERROR_REASON_OVERLOADED, "as many calls wait for a version as this server can hold"
             )
-        wait = _Wait(version, reached)
+        wait = _Wait(least, reached)
         key = read_model, poll_id
         waits = self._waits.setdefault(key, set())
         waits.add(wait)
@@ -145,8 +146,8 @@ class Announcements:
             for read_model in {name for name, _ in self._waits}:
                 poll_ids = [poll_id for name, poll_id in self._waits if name == read_model]
                 try:
-                    versions = await self._views.versions(read_model, poll_ids)
-                except STORE_FAILURES:
+                    positions = await self._views.positions(read_model, poll_ids)
+                except (*STORE_FAILURES, ReadModelBehind):
                     # Whoever waits reads the same database, and is told by its own failure.
                     continue
                 except Exception:
@@ -155,8 +156,8 @@ class Announcements:
                     await backoff.wait()
                     continue
                 backoff.reset()
-                for poll_id, version in versions.items():
-                    self._reached(read_model, poll_id, version)
+                for poll_id, position in positions.items():
+                    self._reached(read_model, poll_id, position)
 
     def _announced(self, arriving: bool) -> None:
         self._arriving = arriving
@@ -170,10 +171,10 @@ class Announcements:
         except ValueError:
             log.error("not an announcement", payload=notification[-1][:200])
             return
-        for poll_id, version in announced:
-            self._reached(read_model, poll_id, version)
+        for poll_id, position in announced:
+            self._reached(read_model, poll_id, position)
 
-    def _reached(self, read_model: str, poll_id: UUID, version: int) -> None:
+    def _reached(self, read_model: str, poll_id: UUID, position: LogPosition) -> None:
         for wait in tuple(self._waits.get((read_model, poll_id), ())):
-            if version >= wait.version:
+            if reaches(position, wait.least):
                 wait.reached()

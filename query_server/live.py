@@ -1,26 +1,28 @@
-"""The results of a poll: the live counters in Redis; where it has nothing or does not answer, the read database."""
+"""The results of a poll: the live counters in Redis; where these have nothing, lag behind or do not answer, the read
+database."""
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from math import inf
-from struct import error as StructError  # noqa: N812
 from typing import Any
 from uuid import UUID
 
 import structlog
-from google.protobuf.message import DecodeError
 from prometheus_client import Counter
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
-from tally.query.v1.query_service_pb2 import GetResultsResponse
 
-from contracts.live import GENERATION_KEY, STATUS_KEY, are_hidden, hidden_version
-from query_server.views import Views
+from contracts.failures import STORE_FAILURES
+from contracts.live import GENERATION_KEY, STATUS_KEY, epoch_of
+from contracts.log_epoch import NOWHERE, ZERO, LogPosition
+from contracts.refusals import ReadModelBehind
+from query_server.views import Found, Views
 
 log = structlog.get_logger()
 
@@ -36,6 +38,8 @@ _CONNECTIONS = 32
 # alone hardly waits; under load this makes one round trip, and one burst of answers, of what would be many.
 _PAUSE_PER_CALL = 0.0004
 _LONGEST_PAUSE = 0.004
+# What is said of a poll that no store of a log without epochs has.
+_NONE = Found(NOWHERE, None)
 # Polls in one round trip, and after how many bytes it ends: what is read in one go holds up all others.
 _BATCH = 500
 _BATCH_BYTES = 1 << 22
@@ -62,16 +66,6 @@ def connect(redis_url: str) -> Redis:
     return Redis.from_pool(pool)
 
 
-def version_of(results: bytes) -> int:
-    """The version in a serialized GetResultsResponse, or in what stands for hidden ones. Raises DecodeError."""
-    if are_hidden(results):
-        try:
-            return hidden_version(results)
-        except StructError:
-            raise DecodeError("neither results nor hidden ones") from None
-    return GetResultsResponse.FromString(results).results.version
-
-
 class _Question:
     """The polls that are asked for next, and what Redis has of them."""
 
@@ -80,7 +74,7 @@ class _Question:
         # How many wait for the answer.
         self.calls = 0
         self.asked = asyncio.Event()
-        self.answer: asyncio.Future[dict[UUID, bytes | None]] = asyncio.get_running_loop().create_future()
+        self.answer: asyncio.Future[dict[UUID, Found | None]] = asyncio.get_running_loop().create_future()
         # Where all who asked have gone away, nobody hears of a failure.
         self.answer.add_done_callback(lambda answer: answer.cancelled() or answer.exception())
 
@@ -92,6 +86,10 @@ class LiveResults:
         self._redis = redis
         self._results = redis.register_script((files(__package__) / "live.lua").read_text())
         self._views = views
+        # Whether the live counters may be behind the views, and the latest history of the log that a read model is of:
+        # query_server.status finds out.
+        self.lag = False
+        self.log_epoch = ZERO
         self._left_alone_until = 0.0
         self._next = _Question()
 
@@ -111,32 +109,33 @@ class LiveResults:
                 question.answer.cancel()
             await asyncio.sleep(min(_PAUSE_PER_CALL * question.calls, _LONGEST_PAUSE))
 
-    async def find(self, poll_id: UUID) -> bytes | None:
-        """The newest results at hand, None if there is no such poll; STORE_FAILURES if neither store answers."""
-        return (await self.find_all([poll_id])).get(poll_id)
+    async def find_all(self, wanted: Mapping[UUID, LogPosition], most: float = inf) -> dict[UUID, Found]:
+        """The latest results of polls: those of Redis where they are as far as `wanted`, else the further ones of both
+        stores, which may be less far.
 
-    async def find_all(self, poll_ids: Sequence[UUID], most: float = inf) -> dict[UUID, bytes]:
-        """The newest results at hand of those polls that exist; STORE_FAILURES where a store is needed and away.
-
-        Once they are more than `most` bytes, those that were not read by then are missing.
+        Once they are more than `most` bytes, those that were not read by then are missing. Raises ReadModelBehind where
+        no store can tell whether there is such a poll, and one of STORE_FAILURES where none answers.
         """
+        poll_ids = list(wanted)
         try:
             found = await self.counters(poll_ids, most)
         except FAILURES:
             found = {}
+        if behind := {poll: each for poll, each in found.items() if self.lag or each.position < wanted[poll]}:
+            found |= await self._newer(behind)
         missing = [poll_id for poll_id in poll_ids if poll_id not in found]
         for start in range(0, len(missing), _STORED_BATCH):
             if _bytes(found) > most:
                 break
             batch = missing[start : start + _STORED_BATCH]
             _fallbacks.inc(len(batch))
-            stored = await self._views.newer_results(dict.fromkeys(batch, 0))
-            found |= {poll_id: results for poll_id, (_, results) in stored.items()}
+            found |= dict.fromkeys(batch, _NONE)
+            found |= await self._views.newer_results(dict.fromkeys(batch, NOWHERE))
         return found
 
-    async def counters(self, poll_ids: Sequence[UUID], most: float = inf) -> dict[UUID, bytes]:
+    async def counters(self, poll_ids: Sequence[UUID], most: float = inf) -> dict[UUID, Found]:
         """The results that Redis has, up to `most` bytes or so; `run` must be running. Raises one of FAILURES."""
-        found: dict[UUID, bytes] = {}
+        found: dict[UUID, Found] = {}
         unread = poll_ids
         # A question is answered for as many polls as one round trip is good for.
         while unread and _bytes(found) <= most:
@@ -150,10 +149,24 @@ class LiveResults:
             unread = [poll_id for poll_id in unread if poll_id not in answer]
         return found
 
-    async def _read(self, poll_ids: Sequence[UUID]) -> dict[UUID, bytes | None]:
+    async def _newer(self, counters: Mapping[UUID, Found]) -> dict[UUID, Found]:
+        """Those that the read database has further than Redis; none where it does not answer."""
+        newer: dict[UUID, Found] = {}
+        polls = list(counters)
+        with suppress(*STORE_FAILURES, ReadModelBehind):
+            for start in range(0, len(polls), _STORED_BATCH):
+                batch = polls[start : start + _STORED_BATCH]
+                newer |= await self._views.newer_results({poll: counters[poll].position for poll in batch})
+        return newer
+
+    async def _read(self, poll_ids: Sequence[UUID]) -> dict[UUID, Found | None]:
         arguments: list[str | int] = [_BATCH_BYTES, *map(str, poll_ids)]
-        answer = await self._ask(lambda: self._results(keys=[GENERATION_KEY], args=arguments))
-        return dict(zip(poll_ids, answer, strict=False))
+        position, *answer = await self._ask(lambda: self._results(keys=[GENERATION_KEY], args=arguments))
+        log_epoch = epoch_of(position)
+        return {
+            poll_id: _found(log_epoch, version, results)
+            for poll_id, version, results in zip(poll_ids, answer[::2], answer[1::2], strict=False)
+        }
 
     async def status(self) -> bytes | None:
         """What the projector says of itself, as it has stored it. Raises one of FAILURES."""
@@ -180,5 +193,11 @@ class LiveResults:
             raise
 
 
-def _bytes(found: Mapping[UUID, bytes]) -> int:
-    return sum(map(len, found.values()))
+def _found(log_epoch: UUID, version: bytes | None, results: bytes | None) -> Found | None:
+    if not results or not version or not version.isdigit():
+        return None
+    return Found(LogPosition(log_epoch, int(version)), results)
+
+
+def _bytes(found: Mapping[UUID, Found]) -> int:
+    return sum(len(each.results or b"") for each in found.values())

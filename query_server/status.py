@@ -1,15 +1,22 @@
-"""How far the read models are: what their projectors have stored about themselves, put together."""
+"""How far the read models are: what their projectors have stored about themselves, put together.
+
+The clocks of other hosts may be wrong, so how old a report is goes by how long it has been the same here.
+"""
 
 import asyncio
+import time
 from collections.abc import Iterable, Mapping
 from math import nan
+from typing import NamedTuple
 
 import structlog
 from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
 from prometheus_client import Gauge
 from tally.query.v1.query_service_pb2 import (
+    READ_MODEL_STATE_FILLING,
     READ_MODEL_STATE_READING,
+    READ_MODEL_STATE_REBUILDING,
     READ_MODEL_STATE_SILENT,
     READ_MODEL_STATE_UNAVAILABLE,
     GetReadModelStatusResponse,
@@ -18,7 +25,9 @@ from tally.query.v1.query_service_pb2 import (
     StreamStatus,
 )
 
+from contracts import log_epoch
 from contracts.failures import STORE_FAILURES
+from contracts.read_database import VIEWS
 from contracts.read_models import READ_MODELS
 from contracts.status import age, is_fresh, now
 from query_server.live import FAILURES, LiveResults
@@ -28,8 +37,12 @@ log = structlog.get_logger()
 
 LIVE = "live"
 
-# How often the metrics are renewed; seconds.
-_MEASURE_SECONDS = 2.0
+# How often it is found out whether the live counters lag behind, and the metrics are renewed; seconds.
+_MEASURE_SECONDS = 1.0
+# A projector that has said nothing for so long, or is so much further behind than that of the views, may lag; seconds.
+_LAG_SECONDS = 2.5
+# States of a projector that knows how far behind it is.
+_KNOWING = (READ_MODEL_STATE_READING, READ_MODEL_STATE_FILLING, READ_MODEL_STATE_REBUILDING)
 
 _Report = GetReadModelStatusResponse
 
@@ -66,17 +79,25 @@ class Status:
     def __init__(self, live: LiveResults, views: Views) -> None:
         self._live = live
         self._views = views
+        self._heard = Heard()
 
     async def read(self) -> GetReadModelStatusResponse:
         """The read models with what they are behind; see the contract."""
         reports = await asyncio.gather(*map(self._report, READ_MODELS))
-        return merged(dict(zip(READ_MODELS, reports, strict=True)), now())
+        at = now()
+        for name, report in zip(READ_MODELS, reports, strict=True):
+            if report:
+                self._heard.retime(name, report, at, time.monotonic())
+        return merged(dict(zip(READ_MODELS, reports, strict=True)), at)
 
     async def measure(self) -> None:
-        """Keeps the metrics up to date, for ever."""
+        """Keeps the metrics up to date, and LiveResults about whether they lag, for ever."""
         while True:
             try:
-                _measure(await self.read())
+                answer = await self.read()
+                self._live.lag = lags(answer)
+                self._live.log_epoch = log_epoch.parse(max(model.log_epoch for model in _results_models(answer)))
+                _measure(answer)
             except Exception:
                 # Figures that nobody can renew must not pass for true, and are no reason to stop serving.
                 log.exception("defect")
@@ -95,6 +116,75 @@ class Status:
             return None
 
 
+class _Hearing(NamedTuple):
+    """When a report was made, by its sender's clock in ns; since when it is here, in s; whether another was before."""
+
+    reported_at: int
+    since: float
+    renewed: bool
+
+
+class Heard:
+    """When reports were heard for the first time."""
+
+    def __init__(self) -> None:
+        self._hearings: dict[tuple[str, str, int], _Hearing] = {}
+
+    def retime(self, read_model: str, report: _Report, at: Timestamp, clock: float) -> None:
+        """Puts the moments of a report on this server's clock; `clock` are its monotonic seconds at `at`."""
+        for model in report.read_models:
+            before = model.reported_at.ToNanoseconds()
+            self._retime((read_model, "model", 0), model, at, clock)
+            if model.HasField("last_error_at"):
+                shift = model.reported_at.ToNanoseconds() - before
+                model.last_error_at.FromNanoseconds(max(model.last_error_at.ToNanoseconds() + shift, 0))
+        if report.HasField("stream"):
+            self._retime((read_model, "stream", 0), report.stream, at, clock)
+        for status in report.outbox:
+            self._retime((read_model, "outbox", status.shard), status, at, clock)
+
+    def _retime(
+        self,
+        key: tuple[str, str, int],
+        said: ReadModelStatus | StreamStatus | OutboxStatus,
+        at: Timestamp,
+        clock: float,
+    ) -> None:
+        if not said.HasField("reported_at"):
+            return
+        reported_at, known = said.reported_at.ToNanoseconds(), self._hearings.get(key)
+        if known is None or known.reported_at != reported_at:
+            known = self._hearings[key] = _Hearing(reported_at, clock, renewed=known is not None)
+        # What was here when this server began has only its sender's word for its age.
+        seconds = max(clock - known.since, 0.0 if known.renewed else age(said.reported_at, at))
+        said.reported_at.FromNanoseconds(max(at.ToNanoseconds() - round(seconds * 1e9), 0))
+
+
+def lags(answer: GetReadModelStatusResponse) -> bool:
+    """Whether the live counters may lack what the views have: their projector does not go on, or goes on far behind."""
+    live, views = _results_models(answer)
+    if live.log_epoch != views.log_epoch:
+        return live.log_epoch < views.log_epoch
+    known = live.HasField("version") and views.HasField("version")
+    if known and views.version <= live.version:
+        return False
+    if not _goes_on(live, answer.answered_at):
+        return known or _goes_on(views, answer.answered_at)
+    if not (live.HasField("seconds_behind") and views.HasField("seconds_behind")):
+        return views.HasField("seconds_behind")
+    return live.seconds_behind > views.seconds_behind + _LAG_SECONDS
+
+
+def _goes_on(model: ReadModelStatus, at: Timestamp) -> bool:
+    return model.state in _KNOWING and age(model.reported_at, at) <= _LAG_SECONDS
+
+
+def _results_models(answer: GetReadModelStatusResponse) -> tuple[ReadModelStatus, ReadModelStatus]:
+    """Those that have results: live and views."""
+    by_name = {model.name: model for model in answer.read_models}
+    return by_name[LIVE], by_name[VIEWS]
+
+
 def merged(reports: Mapping[str, _Report | None], at: Timestamp) -> GetReadModelStatusResponse:
     """What several projectors have said of the same things, and how far behind that makes each of them.
 
@@ -104,7 +194,13 @@ def merged(reports: Mapping[str, _Report | None], at: Timestamp) -> GetReadModel
     heard = [report for report in reports.values() if report]
     stream = _newest(report.stream for report in heard if report.HasField("stream"))
     outbox = _newest_of_each_shard(status for report in heard for status in report.outbox)
-    answer = GetReadModelStatusResponse(stream=stream, outbox=outbox, answered_at=at)
+    epochs = [
+        *(model.log_epoch for report in heard for model in report.read_models),
+        *(status.log_epoch for report in heard for status in report.outbox),
+        *(report.stream.log_epoch for report in heard),
+    ]
+    newest = max(epochs, default="")
+    answer = GetReadModelStatusResponse(stream=stream, outbox=outbox, answered_at=at, log_epoch=newest)
     for name, report in reports.items():
         if report is None:
             answer.read_models.add(name=name, state=READ_MODEL_STATE_UNAVAILABLE)
@@ -112,6 +208,8 @@ def merged(reports: Mapping[str, _Report | None], at: Timestamp) -> GetReadModel
             answer.read_models.add(name=name, state=READ_MODEL_STATE_SILENT)
         else:
             answer.read_models.append(_status(report, stream, outbox, at))
+            if report.read_models[0].log_epoch < newest and answer.read_models[-1].state == READ_MODEL_STATE_READING:
+                answer.read_models[-1].state = READ_MODEL_STATE_REBUILDING
     return answer
 
 
@@ -161,7 +259,7 @@ def _behind_in_stream(
     status: ReadModelStatus, seen: StreamStatus, stream: StreamStatus | None, at: Timestamp
 ) -> int | None:
     """How many messages of the stream the read model lacks: as its projector says, or another that sees the stream."""
-    if status.state == READ_MODEL_STATE_READING:
+    if status.state in _KNOWING:
         return status.events_behind if status.HasField("events_behind") else None
     # How many events wait behind dead letters, its projector alone knows.
     if status.parked_polls or not status.HasField("version"):

@@ -1,4 +1,8 @@
-"""What readers ask of the read database: one statement for each question, its rows as messages of the contract."""
+"""What readers ask of the read database: one statement for each question, its rows as messages of the contract.
+
+Each answer says how far the poll is in the copy that was read: at version 0 of that copy's log epoch without the poll.
+A read model that is being filled answers nothing: what it does not have yet may exist all the same.
+"""
 
 import asyncio
 from base64 import urlsafe_b64decode, urlsafe_b64encode
@@ -29,10 +33,13 @@ from tally.query.v1.query_service_pb2 import (
     VoterVote,
 )
 
-from contracts.freshness import Freshness, token
+from contracts import log_epoch
+from contracts.freshness import token
 from contracts.live import hidden_results
+from contracts.log_epoch import LogPosition
 from contracts.read_database import DOCUMENTS, TURNOUT_GRAIN, VIEWS, VOTER_BYTES, vote_key
-from contracts.refusals import invalid_request
+from contracts.refusals import ReadModelBehind, invalid_request
+from query_server.pace import Pace
 from query_server.turnout import Buckets, buckets
 from runtime.postgres import queries
 
@@ -56,8 +63,10 @@ _CANCELLING = 0.5
 _DEFAULT_PAGE_SIZE = 50
 # gRPC clients refuse an answer above 4 MiB unless told otherwise; ours end before that.
 MAX_ANSWER_BYTES = 3 << 20
-# Rows that are fetched at once: pages can be long, and a poll with all its options large.
-_PREFETCH = 50
+# Rows of a page that are fetched at once: few, until it is known how large they are, and then so many bytes of them.
+_FIRST_ROWS = 4
+_MOST_ROWS = 200
+_ROWS_BYTES = 1 << 20
 
 # How a question fails whose server ends, or takes its connection away, before it is answered.
 _INTERRUPTIONS = (
@@ -90,46 +99,68 @@ def _persistent(ask: Callable[Question, Awaitable[Answer]]) -> Callable[Question
     return persist
 
 
+class ReadModelFilling(ReadModelBehind):
+    """The read model began from nothing, and does not have everything yet that there was then."""
+
+    def __init__(self) -> None:
+        super().__init__("the read model is being filled, and does not have everything yet; ask again")
+
+
+class Found(NamedTuple):
+    """A poll's results as a store has them."""
+
+    position: LogPosition
+    # A serialized GetResultsResponse, or what stands for hidden results; None: there is no such poll.
+    results: bytes | None
+
+
 class Views:
-    """Reads from the read database. Every method raises one of contracts.failures.STORE_FAILURES where it is away."""
+    """Reads from the read database. Every method raises one of contracts.failures.STORE_FAILURES where it is away, and
+    all but `status` raise ReadModelFilling."""
 
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
 
-    async def poll(self, poll_id: UUID) -> tuple[int, Poll | None]:
-        """A poll with its version; 0 and None if there is none."""
-        rows = await self._fetch(sql.poll, poll_id)
-        return (rows[0]["version"], _poll(rows[0])) if rows else (0, None)
+    async def poll(self, poll_id: UUID) -> tuple[LogPosition, Poll | None]:
+        """A poll; None if there is none."""
+        [row] = await self._fetch_full(sql.poll, poll_id)
+        return _position(row), _poll(row) if row["poll_id"] else None
 
-    async def document(self, poll_id: UUID) -> tuple[int, str | None]:
-        """A poll as a JSON document with its version; 0 and None if there is none."""
-        rows = await self._fetch(sql.document, poll_id)
-        return (rows[0]["version"], rows[0]["document"]) if rows else (0, None)
+    async def document(self, poll_id: UUID) -> tuple[LogPosition, str | None]:
+        """A poll as a JSON document; None if there is none."""
+        [row] = await self._fetch_full(sql.document, poll_id)
+        return _position(row), row["document"]
 
-    async def versions(self, read_model: str, poll_ids: Sequence[UUID]) -> dict[UUID, int]:
-        """At which version those of the polls are that a read model has."""
-        rows = await self._fetch({VIEWS: sql.versions, DOCUMENTS: sql.document_versions}[read_model], poll_ids)
-        return {row["poll_id"]: row["version"] for row in rows}
+    async def positions(self, read_model: str, poll_ids: Sequence[UUID]) -> dict[UUID, LogPosition]:
+        """How far the polls are in a read model."""
+        query = {VIEWS: sql.positions, DOCUMENTS: sql.document_positions}[read_model]
+        rows = await self._fetch_full(query, poll_ids)
+        found = dict.fromkeys(poll_ids, LogPosition(rows[0]["log_epoch"], 0))
+        return found | {row["poll_id"]: _position(row) for row in rows if row["poll_id"]}
 
-    async def vote(self, poll_id: UUID, voter_key: bytes) -> tuple[int, VoteReceipt | None]:
-        """A poll's version, 0 if there is no such poll, and the receipt of a voter, with only its poll_id."""
-        rows = await self._fetch(sql.vote, poll_id, voter_key[:VOTER_BYTES])
-        if not rows:
-            return 0, None
-        version, voted = rows[0]
-        return version, VoteReceipt(poll_id=str(poll_id)) if voted else None
+    async def vote(self, poll_id: UUID, voter_key: bytes) -> tuple[LogPosition, VoteReceipt | None]:
+        """The receipt of a voter in a poll, with only its poll_id; None if there is none."""
+        [row] = await self._fetch_full(sql.vote, poll_id, voter_key[:VOTER_BYTES])
+        return _position(row), VoteReceipt(poll_id=str(poll_id)) if row["voted"] else None
 
-    async def newer_results(self, known: Mapping[UUID, int]) -> dict[UUID, tuple[int, bytes]]:
-        """The polls that have a later version than the known one: version and serialized GetResultsResponse, or what
-        stands for hidden results."""
-        rows = await self._fetch(sql.newer_results, list(known), list(known.values()))
-        return {row["poll_id"]: (row["version"], _results(row)) for row in rows}
+    async def newer_results(self, known: Mapping[UUID, LogPosition]) -> dict[UUID, Found]:
+        """What there is of those polls that are further than `known`, or that a later log epoch does not have."""
+        epochs = [position.log_epoch for position in known.values()]
+        versions = [position.version for position in known.values()]
+        rows = await self._fetch_full(sql.newer_results, list(known), epochs, versions)
+        none = Found(LogPosition(rows[0]["log_epoch"], 0), None)
+        found, pace = {poll_id: none for poll_id, position in known.items() if position < none.position}, Pace()
+        for row in rows:
+            if row["poll_id"]:
+                found[row["poll_id"]] = Found(_position(row), _results(row))
+                await pace()
+        return found
 
     @_persistent
     async def polls(
         self, state: PollState.ValueType, poll_id_prefix: str, page_size: int, page_token: str
-    ) -> ListPollsResponse:
-        """A page of polls, newest first. `poll_id_prefix` is empty or as in ListPollsRequest.
+    ) -> tuple[ListPollsResponse, dict[UUID, LogPosition]]:
+        """A page of polls, newest first, with how far each is. `poll_id_prefix` is empty or as in ListPollsRequest.
 
         Raises INVALID_REQUEST for a token that no page with this state and prefix returned.
         """
@@ -144,52 +175,49 @@ class Views:
             query, arguments = sql.polls_page_in_state, [*arguments, state_name]
         page = ListPollsResponse()
         async with self._connection() as connection, connection.transaction():
-            page.next_page_token = await _fill(
-                page.polls, limit, _poll, connection.cursor(query, *arguments, prefetch=_PREFETCH), listed
-            )
-        return page
+            rows = await connection.cursor(query, *arguments)
+            page.next_page_token, positions = await _fill(page.polls, limit, _poll, rows, listed)
+        return page, positions
 
     @_persistent
     async def voter_votes(
-        self, voter_key: bytes, page_size: int, page_token: str, fresh: Freshness
-    ) -> tuple[int, ListVoterVotesResponse]:
-        """A page of a voter's votes, their receipts with only a poll_id, and the version that it shows of the poll that
-        is to be fresh; 0: none, or any will do.
+        self, voter_key: bytes, page_size: int, page_token: str, fresh: UUID
+    ) -> tuple[LogPosition, ListVoterVotesResponse, dict[UUID, LogPosition]]:
+        """How far the poll `fresh` is, a page of a voter's votes that shows that or more, their receipts with only a
+        poll_id, and how far the polls of these votes are.
 
         Raises INVALID_REQUEST for a token that no page of this voter returned.
         """
         listed = b"votes " + voter_key
         after = _parse_page_token(page_token, listed)
         limit = page_size or _DEFAULT_PAGE_SIZE
-        version, page = 0, ListVoterVotesResponse()
+        page = ListVoterVotesResponse()
         async with self._connection() as connection, connection.transaction():
-            if fresh.version:
-                # First, so that what follows shows this version or a later one.
-                version = await connection.fetchval(sql.versions, [fresh.poll_id], column=1) or 0
-            votes = connection.cursor(
+            # First, so that what follows shows this or more.
+            [row] = _full(await connection.fetch(sql.positions, [fresh]))
+            votes = await connection.cursor(
                 sql.voter_votes,
                 vote_key(voter_key, _FIRST_POLL),
                 vote_key(voter_key, _LAST_POLL),
                 after.created_at,
                 after.poll_id,
                 limit + 1,
-                prefetch=_PREFETCH,
             )
-            page.next_page_token = await _fill(page.votes, limit, _voter_vote, votes, listed)
-        return version, page
+            page.next_page_token, positions = await _fill(page.votes, limit, _voter_vote, votes, listed)
+        return _position(row), page, positions
 
     @_persistent
-    async def turnout(self, request: GetTurnoutRequest) -> tuple[int, GetTurnoutResponse | None]:
-        """How many voted when, with the poll's version; 0 and None if there is no such poll."""
+    async def turnout(self, request: GetTurnoutRequest) -> tuple[LogPosition, GetTurnoutResponse | None]:
+        """How many voted when; None if there is no such poll."""
         asked, chart = None, Buckets(request.bucket.seconds or TURNOUT_GRAIN, 0, 0)
         async with self._connection() as connection:
             # Which buckets there are depends on the poll, so it is asked for none first, and then until the answer is
             # about the buckets that its own state of the poll calls for: it is all of one moment, and of one copy.
             while asked != chart:
-                rows = await connection.fetch(sql.turnout, UUID(request.poll_id), *chart)
-                if not rows:
-                    return 0, None
+                rows = _full(await connection.fetch(sql.turnout, UUID(request.poll_id), *chart))
                 poll = rows[0]
+                if not poll["poll_id"]:
+                    return _position(poll), None
                 asked, chart = chart, buckets(request, poll["opened_at"], poll["closed_at"] or poll["as_of"])
         votes = {row["start_seconds"]: row["votes"] for row in rows}
         before = votes.pop(None, None) or 0
@@ -202,7 +230,7 @@ class Views:
             eligible_voters=poll["eligible_voters"],
         )
         response.bucket.seconds = chart.length
-        return poll["version"], response
+        return _position(poll), response
 
     async def status(self, read_model: str) -> bytes | None:
         """What the projector of a read model says of itself, as it has stored it."""
@@ -210,6 +238,10 @@ class Views:
         async with asyncio.timeout(_STATUS_PATIENCE):
             rows = await self._fetch(query, read_model)
         return rows[0]["status"] if rows else None
+
+    async def _fetch_full(self, query: str, *arguments: object) -> list[Any]:
+        """The rows of a read model, one at least. Raises ReadModelFilling."""
+        return _full(await self._fetch(query, *arguments))
 
     @_persistent
     async def _fetch(self, query: str, *arguments: object) -> list[Any]:
@@ -253,18 +285,37 @@ async def _fill(
     element_of: Callable[[Any], Element],
     rows: Any,
     listed: bytes,
-) -> str:
-    """Makes an element of each row, up to `limit` or what an answer can hold; returns the token for the rows that are
-    left, "" if none are."""
-    size, last = 0, _FIRST_PAGE
-    async for row in rows:
-        element = element_of(row)
-        size += element.ByteSize()
-        if len(page) == limit or (page and size > MAX_ANSWER_BYTES):
-            return _page_token(last, listed)
-        page.append(element)
-        last = _Place(row["created_at"], row["poll_id"])
-    return ""
+) -> tuple[str, dict[UUID, LogPosition]]:
+    """Makes an element of each row that a cursor has, up to `limit` or what an answer can hold; returns the token for
+    the rows that are left, "" if none are, and how far each poll is."""
+    size, last, pace = 0, _FIRST_PAGE, Pace()
+    positions: dict[UUID, LogPosition] = {}
+    batch = _full(await rows.fetch(_FIRST_ROWS))
+    while batch:
+        for row in batch:
+            if not row["poll_id"]:
+                return "", positions
+            element = element_of(row)
+            size += element.ByteSize()
+            if len(page) == limit or (page and size > MAX_ANSWER_BYTES):
+                return _page_token(last, listed), positions
+            page.append(element)
+            last = _Place(row["created_at"], row["poll_id"])
+            positions[row["poll_id"]] = _position(row)
+            await pace()
+        batch = await rows.fetch(min(max(_ROWS_BYTES * len(page) // max(size, 1), 1), _MOST_ROWS))
+    return "", positions
+
+
+def _full(rows: list[Any]) -> list[Any]:
+    """The rows of a read model, of which there is one at least unless it is being filled. Raises ReadModelFilling."""
+    if not rows:
+        raise ReadModelFilling
+    return rows
+
+
+def _position(row: Any) -> LogPosition:
+    return LogPosition(row["log_epoch"], row["version"] or 0)
 
 
 def _ids_with(prefix: str) -> tuple[UUID, UUID]:
@@ -328,7 +379,7 @@ def _voter_vote(row: Any) -> VoterVote:
 
 def _results(row: Any) -> bytes:
     if row["hidden"]:
-        return hidden_results(row["version"])
+        return hidden_results(row["version"], row["log_epoch"])
     counts = zip(row["option_ids"], row["option_labels"], row["counts"], strict=True)
     return GetResultsResponse(
         results=Results(
@@ -342,7 +393,8 @@ def _results(row: Any) -> bytes:
             source=ResultsSource.RESULTS_SOURCE_READ_DATABASE,
             eligible_voters=row["eligible_voters"],
             certification=Certification.FromString(row["certification"]) if row["certification"] else None,
-            consistency_token=token(row["poll_id"], row["version"]),
+            consistency_token=token(row["poll_id"], row["version"], row["log_epoch"]),
+            log_epoch=log_epoch.text(row["log_epoch"]),
         )
     ).SerializeToString()
 

@@ -2,17 +2,19 @@
 
 Each watched poll is a `Topic` that holds its newest results, as bytes that every watcher is sent. A watcher holds no
 results, only which of its topics have news for it; so a slow reader costs nothing and gets the newest state, and
-versions only grow, because a topic takes nothing over that is not newer than what it has. The one exception are results
-of the same version that a rebuild has corrected.
+versions only grow, because a topic takes nothing over that is not newer than what it has, or than what this server has
+answered before. The one exception are results of the same version that a rebuild has corrected.
 
 Nothing is missed: a topic is read from Redis after Redis has confirmed its subscription. Until then, and while Redis
-is away or has nothing, it is read again every second, from the read database where Redis does not help. Whoever waits
-for a version is woken by whichever store has it first: the read database announces what it has.
+is away, has nothing or lags behind, it is read again every second, from the read database where Redis does not help.
+Whoever waits for a version is woken by whichever store has it first: the read database announces what it has.
+
+Watchers hear of a change a few at a time, so that a crowd of them holds up no other call.
 """
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from math import inf
 from uuid import UUID
@@ -25,15 +27,19 @@ from tally.poll.v1.error_reason_pb2 import ErrorReason
 from tally.poll.v1.poll_pb2 import POLL_STATE_CANCELLED, POLL_STATE_CERTIFIED
 from tally.query.v1.query_service_pb2 import GetResultsResponse
 
+from contracts import log_epoch
 from contracts.failures import STORE_FAILURES
-from contracts.live import are_hidden, live_channel
+from contracts.live import are_hidden, hidden_position, live_channel
+from contracts.log_epoch import NOWHERE, LogPosition, reaches
 from contracts.read_database import VIEWS
-from contracts.refusals import Refusal, poll_not_found, results_hidden
+from contracts.refusals import ReadModelBehind, Refusal, poll_not_found, results_hidden
 from query_server.announcements import Announcements
-from query_server.freshness import behind
-from query_server.live import FAILURES, LiveResults, version_of
+from query_server.answered import Answered
+from query_server.freshness import Wanted, behind
+from query_server.live import FAILURES, LiveResults
+from query_server.pace import Pace
 from query_server.subscriptions import Subscriptions
-from query_server.views import Views
+from query_server.views import Found, ReadModelFilling, Views
 
 log = structlog.get_logger()
 
@@ -43,13 +49,18 @@ MAX_TOPICS = 50_000
 # A reader that takes no message for this long, or up to a quarter longer, is sent away; seconds.
 STUCK = 30.0
 
+# Why a watch that asks for no certain version ends at once; a read model that is being filled is waited for.
+_ANSWERS = (ErrorReason.ERROR_REASON_POLL_NOT_FOUND, ErrorReason.ERROR_REASON_STORE_UNAVAILABLE)
 # A poll in one of these states never changes again.
 _FINAL = (POLL_STATE_CERTIFIED, POLL_STATE_CANCELLED)
 
 # How often topics are read that Redis tells nothing about; seconds.
 _SWEEP_SECONDS = 1.0
-# Topics in one round trip.
+# Topics in one round trip, and those whose results are read from the read database at once.
 _BATCH = 500
+_STORED_BATCH = 10
+# Watchers that hear of a change in one turn of the loop: each costs about 40 µs.
+_TOLD_AT_ONCE = 64
 
 _watchers = Gauge("tally_query_watchers", "Streams, and calls that wait for a version.")
 _topics = Gauge("tally_query_topics", "Polls that are watched.")
@@ -60,15 +71,32 @@ _broken = Counter("tally_query_broken_results", "Values in Redis that are not re
 class Topic:
     """A watched poll: its newest results, and who wants to hear of newer ones."""
 
-    __slots__ = ("absence", "channel", "final", "live", "poll_id", "results", "version", "waiting", "watchers")
+    __slots__ = (
+        "_changed",
+        "absence",
+        "channel",
+        "final",
+        "least",
+        "live",
+        "poll_id",
+        "position",
+        "results",
+        "waiting",
+        "watchers",
+    )
 
-    def __init__(self, poll_id: UUID, channel: bytes) -> None:
+    def __init__(
+        self, poll_id: UUID, channel: bytes, changed: Callable[["Topic"], None], least: LogPosition = NOWHERE
+    ) -> None:
+        """`changed` is called with each change; what is before `least` is none."""
         self.poll_id = poll_id
         self.channel = channel
-        self.version = 0
-        # A serialized GetResultsResponse, or what stands for hidden results.
+        self.least = least
+        # How far a store has it.
+        self.position = NOWHERE
+        # A serialized GetResultsResponse, or what stands for hidden results; empty where no store has it at `least`.
         self.results = b""
-        # Why there are no results: POLL_NOT_FOUND, STORE_UNAVAILABLE, or None for not yet known.
+        # Why there are no results: POLL_NOT_FOUND, STORE_UNAVAILABLE, READ_MODEL_BEHIND, or None for not yet known.
         self.absence: ErrorReason.ValueType | None = None
         self.watchers: set[Watcher] = set()
         # Those of them that wait for a certain version.
@@ -77,24 +105,32 @@ class Topic:
         self.live = False
         # The poll has ended: nothing newer will come.
         self.final = False
+        self._changed = changed
 
-    def offer(self, version: int, results: bytes, *, final: bool = False, known: bytes | None = None) -> None:
+    def offer(self, position: LogPosition, results: bytes, *, final: bool = False, known: bytes | None = None) -> None:
         """Takes results over if they are newer, or correct those that are here: what arrives late or twice is dropped.
 
         `known` is what was here when a store was asked: it alone can be corrected, not what has come since.
         """
-        corrects = 0 < version == self.version and known is self.results and _differ(known, results)
-        if version > self.version or corrects:
-            self.version, self.results, self.absence, self.final = version, results, None, final
-            for watcher in self.watchers:
-                watcher.notice(self)
+        corrects = position == self.position and self.results and known is self.results and _differ(known, results)
+        if self.position < position < self.least:
+            self.position = position
+            self.lack(ErrorReason.ERROR_REASON_READ_MODEL_BEHIND)
+        elif position > self.position or corrects:
+            self.position, self.results, self.absence, self.final = position, results, None, final
+            self._changed(self)
 
-    def lack(self, absence: ErrorReason.ValueType) -> None:
-        """There are no results to be had now."""
-        if not self.version:
+    def lack(self, absence: ErrorReason.ValueType, position: LogPosition = NOWHERE) -> None:
+        """There are no results to be had now; where the poll is not found, in a store that is at `position`."""
+        if absence == ErrorReason.ERROR_REASON_POLL_NOT_FOUND:
+            if position < self.least:
+                absence = ErrorReason.ERROR_REASON_READ_MODEL_BEHIND
+            elif position > self.position:
+                # A later history of the log does not have the poll.
+                self.position, self.results, self.final = position, b"", False
+        if not self.results:
             self.absence = absence
-            for watcher in self.watchers:
-                watcher.wake()
+            self._changed(self)
 
 
 class Watcher:
@@ -113,9 +149,7 @@ class Watcher:
         "wanted",
     )
 
-    def __init__(
-        self, hub: "Watchers", topics: Sequence[Topic], wanted: Mapping[UUID, int], min_interval: float
-    ) -> None:
+    def __init__(self, hub: "Watchers", topics: Sequence[Topic], wanted: Wanted, min_interval: float) -> None:
         self.topics = topics
         self.wanted = wanted
         self._hub = hub
@@ -144,19 +178,22 @@ class Watcher:
             self._sleeping.set_result(None)
 
     async def start(self, patience: float) -> None:
-        """Waits until every topic has results, those in `wanted` at least of that version; see `Watchers.watch`."""
+        """Waits until every topic has results, those in `wanted` at least of that position; see `Watchers.watch`."""
         try:
             async with asyncio.timeout(patience):
                 for topic in self.topics:
                     while self.lacks(topic):
-                        if topic.absence and topic.poll_id not in self.wanted:
+                        if topic.absence in _ANSWERS and topic.position >= self.wanted.get(topic.poll_id, NOWHERE):
                             raise _absence(topic)
                         self._news.clear()
                         await self._something()
         except TimeoutError:
-            missing = topic.absence == ErrorReason.ERROR_REASON_POLL_NOT_FOUND
-            if topic.poll_id in self.wanted and (topic.version or missing):
-                raise behind(topic.version, self.wanted[topic.poll_id]) from None
+            missing = topic.absence in (
+                ErrorReason.ERROR_REASON_POLL_NOT_FOUND,
+                ErrorReason.ERROR_REASON_READ_MODEL_BEHIND,
+            )
+            if topic.poll_id in self.wanted and (topic.results or missing):
+                raise behind(topic.position, self.wanted[topic.poll_id]) from None
             raise _absence(topic) from None
         for topic in self.topics:
             _check_shown(topic)
@@ -189,7 +226,8 @@ class Watcher:
     async def next(self) -> bytes:
         """The newest results of the topic with the oldest news, as a serialized WatchResultsResponse.
 
-        Raises RESULTS_HIDDEN for a draft that was changed to hide them.
+        Raises RESULTS_HIDDEN for a draft that was changed to hide them, and POLL_NOT_FOUND for a poll that a later
+        history of the log does not have.
         """
         loop = asyncio.get_running_loop()
         while True:
@@ -205,7 +243,7 @@ class Watcher:
 
     def lacks(self, topic: Topic) -> bool:
         """Whether the topic's results are missing, or older than wanted."""
-        return topic.version < self.wanted.get(topic.poll_id, 1)
+        return not topic.results or not reaches(topic.position, self.wanted.get(topic.poll_id, NOWHERE))
 
     async def _something(self, seconds: float | None = None) -> None:
         """Returns when something has happened since the last time, or after `seconds`."""
@@ -226,30 +264,44 @@ class Watcher:
 class Watchers:
     """All watchers of this process, and what they watch. `run` keeps the topics up to date."""
 
-    def __init__(self, redis: Redis, live: LiveResults, views: Views, announcements: Announcements) -> None:
+    def __init__(
+        self, redis: Redis, live: LiveResults, views: Views, announcements: Announcements, answered: Answered
+    ) -> None:
         self.stopping = False
         self._live = live
         self._views = views
         self._announcements = announcements
+        self._answered = answered
         self._topics: dict[bytes, Topic] = {}
         self._watchers: set[Watcher] = set()
         self._subscriptions = Subscriptions(redis, self._joined, self._heard, self._lost)
         self._unread_in_redis = _Pile()
         self._unread_in_views = _Pile()
+        # The topics whose watchers have to hear of a change.
+        self._untold = _Pile()
 
     @asynccontextmanager
     async def watch(
-        self, poll_ids: Iterable[UUID], wanted: Mapping[UUID, int], patience: float, min_interval: float = 0.0
+        self, poll_ids: Iterable[UUID], wanted: Wanted, patience: float, min_interval: float = 0.0
     ) -> AsyncIterator[Watcher]:
-        """A watcher of these polls, once each has results, and those in `wanted` at least of that version.
+        """A watcher of these polls, once each has results, those in `wanted` at least of that position, and none older
+        than what this server has answered.
 
-        Waits for that up to `patience` seconds. Raises POLL_NOT_FOUND for a poll that is not in `wanted`,
-        READ_MODEL_BEHIND for one that is, RESULTS_HIDDEN for one whose results are hidden at that version,
-        STORE_UNAVAILABLE, and OVERLOADED where there are too many watchers.
+        Waits for that up to `patience` seconds. Raises POLL_NOT_FOUND for a poll that is neither in `wanted` nor was
+        answered before; READ_MODEL_BEHIND for one that is or was, and while the read model is being filled;
+        RESULTS_HIDDEN for one whose results are hidden at that version; STORE_UNAVAILABLE; and OVERLOADED where there
+        are too many watchers.
         """
         if len(self._watchers) >= MAX_WATCHERS or len(self._topics) >= MAX_TOPICS:
             raise Refusal(ErrorReason.ERROR_REASON_OVERLOADED, "this server has as many watchers as it can serve")
-        watcher = Watcher(self, [self._topic(poll_id) for poll_id in dict.fromkeys(poll_ids)], wanted, min_interval)
+        poll_ids = dict.fromkeys(poll_ids)
+        answered = {poll_id: self._answered.position(poll_id) for poll_id in poll_ids}
+        wanted = {
+            poll_id: max(wanted.get(poll_id, NOWHERE), position)
+            for poll_id, position in answered.items()
+            if poll_id in wanted or position != NOWHERE
+        }
+        watcher = Watcher(self, [self._topic(poll_id) for poll_id in poll_ids], wanted, min_interval)
         self._enter(watcher)
         try:
             with ExitStack() as waits:
@@ -261,15 +313,23 @@ class Watchers:
         finally:
             self._leave(watcher)
 
-    def current(self, poll_id: UUID | str) -> bytes | None:
+    def current(self, poll_id: UUID | str) -> Found | None:
         """The results of a watched poll, as fresh as those in Redis, because Redis tells of every change; else None."""
         topic = self._topics.get(live_channel(poll_id).encode())
-        return topic.results if topic and topic.live else None
+        return Found(topic.position, topic.results) if topic and topic.live and topic.results else None
+
+    def learn(self, poll_id: UUID, found: Found) -> None:
+        """Somebody was answered this: who watches the poll, or does so later, is shown nothing older."""
+        self._answered.note(poll_id, found.position)
+        topic = self._topics.get(live_channel(poll_id).encode())
+        if topic and found.results and found.position > topic.position:
+            self._offer(topic, found.results, b"")
 
     async def run(self, stop: asyncio.Event) -> None:
         """Keeps the topics up to date until `stop`, then sends every watcher away."""
         async with asyncio.TaskGroup() as tasks:
-            loops = (self._subscriptions.run(), self._read_redis(), self._read_views(), self._sweep(), self._check())
+            reading = (self._subscriptions.run(), self._read_redis(), self._read_views(), self._sweep())
+            loops = (*reading, self._tell(), self._check())
             running = [tasks.create_task(loop) for loop in loops]
             await stop.wait()
             self.stopping = True
@@ -282,7 +342,7 @@ class Watchers:
         channel = live_channel(poll_id).encode()
         topic = self._topics.get(channel)
         if topic is None:
-            topic = self._topics[channel] = Topic(poll_id, channel)
+            topic = self._topics[channel] = Topic(poll_id, channel, self._changed, self._answered.position(poll_id))
             _topics.set(len(self._topics))
             self._subscriptions.want(channel)
             # Otherwise it is read once the subscription is confirmed: a millisecond later, and then nothing is missed.
@@ -307,14 +367,14 @@ class Watchers:
         _topics.set(len(self._topics))
 
     @contextmanager
-    def _await_in_views(self, watcher: Watcher, topic: Topic, version: int) -> Iterator[None]:
-        """Reads the topic from the read database as soon as that has the version, for Redis may not bring it."""
+    def _await_in_views(self, watcher: Watcher, topic: Topic, least: LogPosition) -> Iterator[None]:
+        """Reads the topic from the read database as soon as that is so far, for Redis may not bring it."""
         topic.waiting.add(watcher)
-        if topic.version or topic.absence:
+        if topic.results or topic.absence:
             # Redis was read before, and did not have it; but the read database may have announced it before.
             self._unread_in_views.add([topic])
         try:
-            with self._announcements.expect(VIEWS, topic.poll_id, version, lambda: self._unread_in_views.add([topic])):
+            with self._announcements.expect(VIEWS, topic.poll_id, least, lambda: self._unread_in_views.add([topic])):
                 yield
         finally:
             topic.waiting.discard(watcher)
@@ -340,15 +400,36 @@ class Watchers:
     def _offer(self, topic: Topic, results: bytes, known: bytes) -> bool:
         try:
             if are_hidden(results):
-                topic.offer(version_of(results), results, known=known)
+                position, final = hidden_position(results), False
             else:
                 news = GetResultsResponse.FromString(results).results
-                topic.offer(news.version, results, final=news.state in _FINAL, known=known)
-        except DecodeError:
+                position, final = LogPosition(log_epoch.parse(news.log_epoch), news.version), news.state in _FINAL
+        except (DecodeError, ValueError):
             _broken.inc()
             log.error("redis has something else than results", poll_id=str(topic.poll_id))
             return False
+        topic.offer(position, results, final=final, known=known)
         return True
+
+    def _changed(self, topic: Topic) -> None:
+        if topic.results:
+            self._answered.note(topic.poll_id, topic.position)
+        if len(topic.watchers) > _TOLD_AT_ONCE:
+            self._untold.add([topic])
+            return
+        for watcher in topic.watchers:
+            watcher.notice(topic)
+
+    async def _tell(self) -> None:
+        """Tells crowds of watchers of changes, a few at a time."""
+        while True:
+            for topic in await self._untold.take():
+                watchers = tuple(topic.watchers)
+                for start in range(0, len(watchers), _TOLD_AT_ONCE):
+                    for watcher in watchers[start : start + _TOLD_AT_ONCE]:
+                        watcher.notice(topic)
+                    # They run before this goes on, and so does what has come for others.
+                    await asyncio.sleep(0)
 
     async def _read_redis(self) -> None:
         """Reads topics that are new, were joined anew, or that Redis does not tell about; else the views are asked."""
@@ -361,40 +442,58 @@ class Watchers:
                 if not isinstance(error, FAILURES):
                     log.exception("defect")
                 found = {}
+            pace = Pace()
             for topic, (was_joined, known) in zip(topics, before, strict=True):
-                results = found.get(topic.poll_id)
-                has_results = results is not None and self._offer(topic, results, known)
+                counters = found.get(topic.poll_id)
+                has_results = bool(counters and counters.results and self._offer(topic, counters.results, known))
                 topic.live = has_results and was_joined and topic.channel in self._subscriptions
-                if not has_results or any(watcher.lacks(topic) for watcher in topic.waiting):
+                if not topic.results or any(watcher.lacks(topic) for watcher in topic.waiting) or not has_results:
                     self._unread_in_views.add([topic])
+                await pace()
 
     async def _read_views(self) -> None:
         failing = False
         while True:
             topics = await self._unread_in_views.take()
             try:
-                newer = await self._views.newer_results({topic.poll_id: topic.version for topic in topics})
+                # Which of them have news, and then these, which may be large.
+                positions = await self._views.positions(VIEWS, [topic.poll_id for topic in topics])
+                for topic in topics:
+                    if not positions[topic.poll_id].version:
+                        topic.lack(ErrorReason.ERROR_REASON_POLL_NOT_FOUND, positions[topic.poll_id])
+                news = [topic for topic in topics if positions[topic.poll_id] > topic.position]
+                for batch in _batches(news):
+                    await self._take_over(batch)
             except Exception as error:
                 # Whatever is wrong with some polls or with the database, the others go on.
-                if not isinstance(error, STORE_FAILURES):
+                absence = ErrorReason.ERROR_REASON_STORE_UNAVAILABLE
+                if isinstance(error, ReadModelBehind):
+                    absence = ErrorReason.ERROR_REASON_READ_MODEL_BEHIND
+                elif not isinstance(error, STORE_FAILURES):
                     log.exception("defect")
                 elif not failing:
                     log.warning("the read database does not answer", error=f"{type(error).__name__}: {error}")
                 failing = True
                 for topic in topics:
-                    topic.lack(ErrorReason.ERROR_REASON_STORE_UNAVAILABLE)
+                    topic.lack(absence)
                 continue
             failing = False
-            for topic in topics:
-                if topic.poll_id in newer:
-                    self._offer(topic, newer[topic.poll_id][1], b"")
-                else:
-                    topic.lack(ErrorReason.ERROR_REASON_POLL_NOT_FOUND)
+
+    async def _take_over(self, topics: Sequence[Topic]) -> None:
+        """Reads these from the read database."""
+        newer = await self._views.newer_results({topic.poll_id: topic.position for topic in topics})
+        for topic in topics:
+            if (news := newer.get(topic.poll_id)) and news.results:
+                self._offer(topic, news.results, b"")
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
-            self._unread_in_redis.add(topic for topic in self._topics.values() if not topic.live)
+            topics = self._topics.values()
+            self._unread_in_redis.add(topic for topic in topics if not topic.live)
+            self._unread_in_views.add(
+                topic for topic in topics if self._live.lag or topic.position.log_epoch < self._live.log_epoch
+            )
 
     async def _check(self) -> None:
         while True:
@@ -430,6 +529,12 @@ class _Pile:
                 return watched
 
 
+def _batches(topics: Sequence[Topic]) -> Iterator[Sequence[Topic]]:
+    """What is read of the read database at once."""
+    for start in range(0, len(topics), _STORED_BATCH):
+        yield topics[start : start + _STORED_BATCH]
+
+
 def _differ(known: bytes, results: bytes) -> bool:
     """Whether results of the same version tell different things, whichever store they are from."""
     if known == results or are_hidden(known) or are_hidden(results):
@@ -440,11 +545,16 @@ def _differ(known: bytes, results: bytes) -> bool:
 
 
 def _check_shown(topic: Topic) -> None:
+    if not topic.results:
+        raise _absence(topic)
     if are_hidden(topic.results):
         raise results_hidden(topic.poll_id)
 
 
 def _absence(topic: Topic) -> Refusal:
-    if topic.absence == ErrorReason.ERROR_REASON_POLL_NOT_FOUND:
-        return poll_not_found(topic.poll_id)
+    match topic.absence:
+        case ErrorReason.ERROR_REASON_POLL_NOT_FOUND:
+            return poll_not_found(topic.poll_id)
+        case ErrorReason.ERROR_REASON_READ_MODEL_BEHIND:
+            return ReadModelFilling()
     return Refusal(ErrorReason.ERROR_REASON_STORE_UNAVAILABLE, "no store answered in time; ask again")

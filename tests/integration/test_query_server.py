@@ -34,13 +34,15 @@ from clients.connection import Address, QueryServer
 from clients.watchers import watch as watch_results
 from contracts.freshness import token
 from contracts.live import FIRST_GENERATION, STATUS_KEY, live_channel, live_key
+from contracts.log_epoch import NOWHERE
 from contracts.read_database import CHANNEL, VIEWS, announcements, vote_key
+from contracts.status import now
 from contracts.voters import VoterKeys
 from projector.fold import fold
 from projector.projection import Change
 from projector.stream import BEGINNING, Position
 from query_server import announcements as announcing
-from query_server import freshness, live, watchers
+from query_server import freshness, live, status, watchers
 from query_server.live import LiveResults
 from query_server.views import Views
 from runtime.embedded import Stores, free_port
@@ -120,6 +122,33 @@ class ReadModels:
             await self.vote_key(poll_id, voter_id),
         )
 
+    @asynccontextmanager
+    async def reports(self, **read_models: dict[str, Any]) -> AsyncIterator[None]:
+        """Reports of projectors of these read models, renewed all the time, which say that they read the stream."""
+
+        async def report() -> None:
+            while True:
+                for name, fields in read_models.items():
+                    said = {"seconds_behind": 0.0, **fields}
+                    model = pb.ReadModelStatus(name=name, state=pb.READ_MODEL_STATE_READING, reported_at=now(), **said)
+                    message = pb.GetReadModelStatusResponse(read_models=[model]).SerializeToString()
+                    if name == "live":
+                        await self.live.set(STATUS_KEY, message)
+                    else:
+                        await self.database.execute(
+                            "INSERT INTO projector_status (read_model, status) VALUES ($1, $2)"
+                            " ON CONFLICT (read_model) DO UPDATE SET status = excluded.status",
+                            name,
+                            message,
+                        )
+                await asyncio.sleep(0.1)
+
+        reporting = asyncio.ensure_future(report())
+        try:
+            yield
+        finally:
+            reporting.cancel()
+
     async def vote_key(self, poll_id: UUID, voter_id: str) -> UUID:
         """The key of a voter's row."""
         poll_no = await self.database.fetchval("SELECT poll_no FROM polls WHERE poll_id = $1", poll_id)
@@ -163,6 +192,9 @@ async def models(read_dsn: str, redis_url: str) -> AsyncIterator[ReadModels]:
         asyncpg.create_pool(views_of(read_dsn), min_size=1, max_size=4) as pool,
         redis.asyncio.Redis.from_url(redis_url) as client,
     ):
+        # The projector has read all that there is.
+        await pool.execute("INSERT INTO stream_position (stream_sequence, stored_at) VALUES (0, 0)")
+        await pool.execute("INSERT INTO documents.stream_position (stream_sequence, stored_at) VALUES (0, 0)")
         yield ReadModels(pool, client)
 
 
@@ -456,8 +488,9 @@ async def test_results_come_from_the_read_database_while_redis_is_away(network: 
     await models.publish(poll_id, 5)
     assert (await get_results(network.stub, poll_id)).source == LIVE
     await network.to_redis.cut()
+    await models.store(poll_id, 5)
     results = await get_results(network.stub, poll_id)
-    assert (results.source, results.version) == (STORED, 4)
+    assert (results.source, results.version) == (STORED, 5)
     assert (await refused(get_results(network.stub, uuid4()))).reason == "POLL_NOT_FOUND"
     await network.to_redis.restore()
     await until(lambda: is_live(network.stub, poll_id))
@@ -693,6 +726,7 @@ def no_lookups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what the read database announces is noticed."""
     monkeypatch.setattr(announcing, "_SAFETY_SECONDS", 3600.0)
     monkeypatch.setattr(announcing, "_PING_SECONDS", 3600.0)
+    monkeypatch.setattr(status, "_MEASURE_SECONDS", 3600.0)
 
 
 async def is_announced() -> bool:
@@ -919,6 +953,200 @@ async def test_fresh_results_need_no_redis(network: Network, models: ReadModels)
     await models.store(poll_id, 3)
     results = await read
     assert (results.source, results.version) == (STORED, 3)
+
+
+# --- nothing older than what was answered
+
+
+async def test_results_never_go_back_when_redis_loses_a_poll(server: QueryServiceAsyncStub, models: ReadModels) -> None:
+    poll_id = await models.poll(version=9)
+    await models.publish(poll_id, 9)
+    assert (await get_results(server, poll_id)).version == 9
+    # It is lost, and made anew from the beginning.
+    await models.live.delete(live_key(FIRST_GENERATION, poll_id))
+    assert (await get_results(server, poll_id)).version == 9
+    await models.publish(poll_id, 2)
+    results = await get_results(server, poll_id)
+    assert (results.version, results.source) == (9, STORED)
+    [batched] = (await server.BatchGetResults(pb.BatchGetResultsRequest(poll_ids=[str(poll_id)]), timeout=5)).results
+    assert (batched.version, batched.source) == (9, STORED)
+    watch = Watch(server, poll_id)
+    assert (await watch.next()).version == 9
+
+
+async def test_what_no_store_has_any_more_is_waited_for(server: QueryServiceAsyncStub, models: ReadModels) -> None:
+    poll_id = await models.poll(version=3)
+    await models.publish(poll_id, 9)
+    assert (await get_results(server, poll_id)).version == 9
+    await models.live.flushdb()
+    results, batch = pb.GetResultsRequest(poll_id=str(poll_id)), pb.BatchGetResultsRequest(poll_ids=[str(poll_id)])
+    for stored in (3, None):
+        if stored is None:
+            await models.database.execute("DELETE FROM polls")
+        refusals = await asyncio.gather(
+            refused(server.GetResults(results, timeout=0.8)),
+            refused(server.BatchGetResults(batch, timeout=0.8)),
+            Watch(server, poll_id, timeout=0.8).refused(),
+        )
+        assert {(each.code, each.reason) for each in refusals} == {(grpc.StatusCode.UNAVAILABLE, "READ_MODEL_BEHIND")}
+    watch = Watch(server, poll_id)
+    waiting = [asyncio.ensure_future(watch.next()), asyncio.ensure_future(get_results(server, poll_id))]
+    assert not (await asyncio.wait(waiting, timeout=0.1))[0]
+    await models.publish(poll_id, 10)
+    assert [results.version for results in await asyncio.gather(*waiting)] == [10, 10]
+
+
+async def test_a_poll_that_was_shown_is_not_unknown_to_those_who_come_later(
+    server: QueryServiceAsyncStub, models: ReadModels
+) -> None:
+    poll_id, other = await models.poll(version=3), await models.poll()
+    request, page = pb.GetPollRequest(poll_id=str(poll_id)), pb.ListPollsRequest()
+    turnout = pb.GetTurnoutRequest(poll_id=str(poll_id))
+    assert (await server.GetPoll(request)).poll.version == 3
+    # An older copy of the read database comes back.
+    await models.store(poll_id, 2)
+    vote = pb.GetVoteRequest(poll_id=str(poll_id), voter_id="ann")
+    refusals = await asyncio.gather(
+        refused(server.GetPoll(request, timeout=0.8)),
+        refused(server.GetTurnout(turnout, timeout=0.8)),
+        refused(server.GetVote(vote, timeout=0.8)),
+        refused(server.ListPolls(page, timeout=0.8)),
+    )
+    assert {each.reason for each in refusals} == {"READ_MODEL_BEHIND"}
+    await models.database.execute("DELETE FROM polls WHERE poll_id = $1", poll_id)
+    assert (await refused(server.GetPoll(request, timeout=0.8))).reason == "READ_MODEL_BEHIND"
+    assert (await server.GetPoll(pb.GetPollRequest(poll_id=str(other)))).poll.version == 1
+
+
+async def test_a_read_model_that_is_being_filled_is_not_read_as_if_it_were_full(
+    server: QueryServiceAsyncStub, models: ReadModels
+) -> None:
+    poll_id = await models.poll(version=3)
+    await models.vote(poll_id, "ann", 2)
+    fill = "UPDATE {}stream_position SET filling = $1"
+    await models.database.execute(fill.format(""), True)
+    await models.database.execute(fill.format("documents."), True)
+    calls: list[tuple[Any, Any]] = [
+        (server.GetPoll, pb.GetPollRequest(poll_id=str(poll_id))),
+        (server.GetPoll, pb.GetPollRequest(poll_id=str(uuid4()))),
+        (server.GetVote, pb.GetVoteRequest(poll_id=str(poll_id), voter_id="ann")),
+        (server.GetVote, pb.GetVoteRequest(poll_id=str(poll_id), voter_id="bob")),
+        (server.GetTurnout, pb.GetTurnoutRequest(poll_id=str(poll_id))),
+        (server.GetPollDocument, pb.GetPollDocumentRequest(poll_id=str(poll_id))),
+        (server.ListPolls, pb.ListPollsRequest()),
+        (server.ListVoterVotes, pb.ListVoterVotesRequest(voter_id="ann")),
+        (server.GetResults, pb.GetResultsRequest(poll_id=str(poll_id))),
+        (server.BatchGetResults, pb.BatchGetResultsRequest(poll_ids=[str(poll_id)])),
+    ]
+    soon = Watch(server, poll_id, timeout=1)
+    refusals = await asyncio.gather(soon.refused(), *(refused(call(request, timeout=1)) for call, request in calls))
+    assert {(each.code, each.reason) for each in refusals} == {(grpc.StatusCode.UNAVAILABLE, "READ_MODEL_BEHIND")}
+    # Who waits longer is answered.
+    waiting = [asyncio.ensure_future(call(request, timeout=5)) for call, request in calls]
+    watch = Watch(server, poll_id)
+    assert not (await asyncio.wait(waiting, timeout=0.1))[0]
+    await models.database.execute(fill.format(""), False)
+    await models.database.execute(fill.format("documents."), False)
+    assert (await watch.next()).version == 3
+    answers = await asyncio.gather(*waiting, return_exceptions=True)
+    reasons = [Refused(answer).reason if isinstance(answer, grpc.RpcError) else "" for answer in answers]
+    assert reasons == ["", "POLL_NOT_FOUND", "", "VOTE_NOT_FOUND", "", "POLL_NOT_FOUND", "", "", "", ""]
+
+
+async def test_results_come_from_redis_while_the_read_database_is_being_filled(
+    server: QueryServiceAsyncStub, models: ReadModels
+) -> None:
+    poll_id = await models.poll(version=2)
+    await models.publish(poll_id, 5)
+    await models.database.execute("DELETE FROM stream_position")
+    assert (await get_results(server, poll_id)).version == 5
+    assert (await Watch(server, poll_id).next()).version == 5
+
+
+EARLIER, LATER = UUID("019ab000-0000-7000-8000-000000000001"), UUID("019ab000-0000-7001-8000-000000000000")
+
+
+async def test_a_later_history_of_the_log_replaces_what_was_answered(
+    server: QueryServiceAsyncStub, models: ReadModels
+) -> None:
+    """After a restore of the write database versions are smaller, and a poll may never have been there."""
+    poll_id, lost = await models.poll(version=15), await models.poll(version=3)
+    await models.database.execute("UPDATE stream_position SET log_epoch = $1", EARLIER)
+    request, lost_request = pb.GetPollRequest(poll_id=str(poll_id)), pb.GetPollRequest(poll_id=str(lost))
+    for each in (request, lost_request):
+        await server.GetPoll(each)
+    watch, lost_watch = Watch(server, poll_id), Watch(server, lost)
+    results = await watch.next()
+    assert (results.version, results.log_epoch) == (15, str(EARLIER))
+    assert (await lost_watch.next()).version == 3
+    before = results.consistency_token
+    async with models.database.acquire() as connection, connection.transaction():
+        await connection.execute("UPDATE stream_position SET log_epoch = $1", LATER)
+        await connection.execute("UPDATE polls SET version = 9 WHERE poll_id = $1", poll_id)
+        await connection.execute("DELETE FROM polls WHERE poll_id = $1", lost)
+    results = await watch.next()
+    assert (results.version, results.log_epoch) == (9, str(LATER))
+    assert (await refused(lost_watch.next())).reason == "POLL_NOT_FOUND"
+    assert (await server.GetPoll(request)).poll.version == 9
+    assert (await get_results(server, poll_id)).version == 9
+    # The write that this token stands for is lost with its history.
+    assert (await get_results(server, poll_id, before)).version == 9
+    assert (await refused(server.GetPoll(lost_request))).reason == "POLL_NOT_FOUND"
+    assert (await refused(get_results(server, lost))).reason == "POLL_NOT_FOUND"
+    # The earlier history does not come back.
+    await models.database.execute("UPDATE stream_position SET log_epoch = $1", EARLIER)
+    for call in (server.GetPoll(request, timeout=0.8), server.GetPoll(lost_request, timeout=0.8)):
+        assert (await refused(call)).reason == "READ_MODEL_BEHIND"
+    assert (await get_results(server, poll_id)).version == 9
+
+
+async def test_a_watched_poll_that_a_later_history_does_not_have_is_not_found(
+    server: QueryServiceAsyncStub, models: ReadModels
+) -> None:
+    poll_id = await models.poll(version=5)
+    await models.publish(poll_id, 5)
+    watch = Watch(server, poll_id)
+    assert (await watch.next()).source == LIVE
+    # Both read models are made anew for the later history, and nobody publishes a poll that is not there.
+    await models.database.execute("UPDATE stream_position SET log_epoch = $1", LATER)
+    await models.database.execute("DELETE FROM polls")
+    await models.live.delete(live_key(FIRST_GENERATION, poll_id))
+    async with models.reports(views={"log_epoch": str(LATER)}, live={"log_epoch": str(LATER)}):
+        assert (await watch.refused()).reason == "POLL_NOT_FOUND"
+
+
+# --- the fresher store answers
+
+
+async def test_results_come_from_the_views_while_the_live_counters_are_left_behind(
+    server: QueryServiceAsyncStub, models: ReadModels
+) -> None:
+    """Redis answers, but takes no writes, or its projector does nothing any more."""
+    poll_id, quiet = await models.poll(version=5), await models.poll(version=3)
+    for each, version in ((poll_id, 5), (quiet, 3)):
+        await models.publish(each, version)
+    watch = Watch(server, poll_id)
+    assert (await watch.next()).version == 5
+    async with models.reports(live={"version": 5}, views={"version": 5}):
+        await models.store(poll_id, 6)
+        # Both are alive, and the live counters are as far as the views: these are not asked.
+        assert (await get_results(server, poll_id)).version == 5
+    async with models.reports(views={"version": 9}):
+        await until(lambda: is_stored(server, poll_id, 6))
+        assert (await watch.next()).version == 6
+        await models.store(poll_id, 7)
+        assert (await watch.next()).version == 7
+        await models.store(poll_id, 8)
+        assert (await watch.next()).version == 8
+        results = await server.BatchGetResults(pb.BatchGetResultsRequest(poll_ids=[str(quiet), str(poll_id)]))
+        assert [(each.version, each.source) for each in results.results] == [(3, LIVE), (8, STORED)]
+    await models.publish(poll_id, 9)
+    assert (await watch.next()).source == LIVE
+
+
+async def is_stored(stub: QueryServiceAsyncStub, poll_id: UUID, version: int) -> bool:
+    results = await get_results(stub, poll_id)
+    return (results.version, results.source) == (version, STORED)
 
 
 # --- watching
@@ -1199,12 +1427,12 @@ async def test_no_more_is_read_than_an_answer_holds(read_dsn: str, redis_url: st
         answering = asyncio.ensure_future(results.run())
         read = await client.info("stats")
         for poll_ids, at_once in ((in_redis, 4 << 20), (stored, 10 * size)):
-            found = await results.find_all(poll_ids, most)
-            assert most < sum(map(len, found.values())) < at_once + 2 * size
+            found = await results.find_all(dict.fromkeys(poll_ids, NOWHERE), most)
+            assert most < sum(len(each.results or b"") for each in found.values()) < at_once + 2 * size
         sent = (await client.info("stats"))["total_net_output_bytes"] - read["total_net_output_bytes"]
         assert sent < (4 << 20) + 4 * size
         # Who wants all of it has it, in as many round trips as that takes.
-        assert len(await results.find_all(in_redis)) == 100
+        assert len(await results.find_all(dict.fromkeys(in_redis, NOWHERE))) == 100
         answering.cancel()
     await client.aclose()
 

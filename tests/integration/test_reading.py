@@ -43,6 +43,7 @@ from tally.query.v1 import query_service_pb2 as pb
 from tally.query.v1.query_service_pb2_grpc import QueryServiceStub
 
 from contracts.freshness import token
+from contracts.log_epoch import LogPosition
 from contracts.voters import VoterKeys
 from migrations import READ
 from projector.documents import Documents
@@ -420,7 +421,7 @@ async def test_a_document_is_waited_for_until_its_own_read_model_has_it(
     await eventually(is_announced)
     reads, read = 0, Readers.document
 
-    async def counted(views: Readers, poll_id: UUID) -> tuple[int, str | None]:
+    async def counted(views: Readers, poll_id: UUID) -> tuple[LogPosition, str | None]:
         nonlocal reads
         reads += 1
         return await read(views, poll_id)
@@ -428,13 +429,15 @@ async def test_a_document_is_waited_for_until_its_own_read_model_has_it(
     monkeypatch.setattr(Readers, "document", counted)
     poll = Poll()
     fresh = pb.GetPollDocumentRequest(poll_id=str(poll.poll_id), at_least_as_fresh=token(poll.poll_id, 1))
-    call = asyncio.ensure_future(server.GetPollDocument(fresh, timeout=5))
-    await eventually(is_awaited)
-    await database.store(poll)
-    done, _ = await asyncio.wait([call], timeout=0.1)
-    assert (len(done), reads) == (0, 2)
-    async with Documents.connect(read_dsn) as documents:
-        await ReadDatabase(documents).store(poll)
+    async with Documents.connect(read_dsn) as model:
+        documents = ReadDatabase(model)
+        await documents.store()
+        call = asyncio.ensure_future(server.GetPollDocument(fresh, timeout=5))
+        await eventually(is_awaited)
+        await database.store(poll)
+        done, _ = await asyncio.wait([call], timeout=0.1)
+        assert (len(done), reads) == (0, 2)
+        await documents.store(poll)
     assert (await call).version == 1
 
 

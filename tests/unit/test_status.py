@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from tally.query.v1.query_service_pb2 import (
     READ_MODEL_STATE_INTERRUPTED,
     READ_MODEL_STATE_READING,
+    READ_MODEL_STATE_REBUILDING,
     READ_MODEL_STATE_SILENT,
     READ_MODEL_STATE_UNAVAILABLE,
     GetReadModelStatusResponse,
@@ -16,7 +18,7 @@ from tally.query.v1.query_service_pb2 import (
 
 from clients.status import troubles_of
 from projector.progress import Progress
-from query_server.status import merged
+from query_server.status import Heard, lags, merged
 
 NOW = 1_800_000_000
 
@@ -149,3 +151,69 @@ def test_what_waits_in_parked_polls_is_unknown_where_their_projector_is_dead() -
 def test_a_projector_that_has_just_begun_knows_nothing() -> None:
     [begun] = Progress("live").report().read_models
     assert [field.name for field, _ in begun.ListFields()] == ["name", "state", "reported_at"]
+
+
+def test_a_read_model_of_an_earlier_history_is_not_well() -> None:
+    old, new = "019ab000-0000-7000-8000-000000000001", "019ab000-0000-7001-8000-000000000000"
+    for restored in (
+        answer(report(log_epoch=old), report("views", log_epoch=new)),
+        answer(report(log_epoch=old, outbox=[outbox(log_epoch=new)]), report("views", log_epoch=new)),
+    ):
+        assert restored.log_epoch == new
+        live, views = restored.read_models
+        assert (live.state, views.state) == (READ_MODEL_STATE_REBUILDING, READ_MODEL_STATE_READING)
+        assert [trouble for trouble in troubles_of(restored, 10) if "rebuilt" in trouble]
+    same = answer(report(log_epoch=new), report("views", log_epoch=new))
+    assert not list(troubles_of(same, 10))
+
+
+@pytest.mark.parametrize(
+    ("live", "views", "lag"),
+    [
+        ({}, {}, False),
+        ({"version": 90, "seconds_behind": 0.4}, {}, False),
+        # It goes on, but far behind, or nobody knows how far.
+        ({"version": 90, "events_behind": 10, "seconds_behind": 9.0}, {}, True),
+        (
+            {"version": 90, "events_behind": 10, "seconds_behind": 9.0},
+            {"events_behind": 5, "seconds_behind": 8.0},
+            False,
+        ),
+        ({"version": 90, "seconds_behind": None}, {}, True),
+        # It does not go on; where the views are no further, they have nothing else.
+        ({"version": 90, "heard": 4.0}, {}, True),
+        ({"version": 90, "state": READ_MODEL_STATE_INTERRUPTED}, {}, True),
+        ({"heard": 4.0}, {}, False),
+        ({"version": 90, "heard": 4.0}, {"heard": 4.0}, True),
+        ({"version": None, "heard": 4.0}, {}, True),
+        ({"version": None, "heard": 4.0}, {"heard": 4.0}, False),
+        # Versions of two histories have nothing to do with each other.
+        ({"version": 100, "log_epoch": "019"}, {"version": 9, "log_epoch": "01a"}, True),
+        ({"version": 9, "log_epoch": "01a"}, {"version": 100, "log_epoch": "019"}, False),
+    ],
+)
+def test_whether_the_live_counters_lag(live: dict[str, Any], views: dict[str, Any], lag: bool) -> None:
+    assert lags(answer(report(**live), report("views", **views))) == lag
+
+
+def test_clocks_that_are_wrong_make_no_report_old_or_fresh() -> None:
+    """A projector 5 s behind and a relay a minute ahead are alive as long as they say something new."""
+    heard, clock = Heard(), 1000.0
+
+    def retimed(passed: float, said: float) -> GetReadModelStatusResponse:
+        """A report that was made `said` seconds after the first, heard `passed` seconds after it."""
+        at = ago(-passed)
+        told = report(heard=5.5 - said, seen=5.5 - said, outbox=[outbox(heard=-60.0 - said)])
+        heard.retime("live", told, at, clock + passed)
+        return merged({"live": told}, at)
+
+    retimed(0, 0)
+    for second in (1, 2, 3):
+        alive = retimed(second, second)
+        assert not list(troubles_of(alive, 10))
+        assert behind(alive.read_models[0]) == (0, 0.0)
+    # Then both are silent, and nobody's clock hides it.
+    assert not list(troubles_of(retimed(7.5, 3), 10))
+    silent = list(troubles_of(retimed(9, 3), 10))
+    assert any("its projector was last heard of" in trouble for trouble in silent)
+    assert any("the relay was last heard of" in trouble for trouble in silent)

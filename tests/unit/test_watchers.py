@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import AsyncIterator
 from unittest.mock import AsyncMock
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import asyncpg
 import pytest
@@ -20,8 +20,11 @@ from tally.query.v1.query_service_pb2 import (
 )
 
 from contracts.live import hidden_results, live_channel
+from contracts.log_epoch import ZERO, LogPosition
 from contracts.refusals import Refusal
 from query_server.announcements import Announcements
+from query_server.answered import Answered
+from query_server.freshness import Wanted
 from query_server.live import LiveResults, connect
 from query_server.views import Views
 from query_server.watchers import Topic, Watcher, Watchers
@@ -37,16 +40,26 @@ async def hub() -> AsyncIterator[Watchers]:
     redis = connect("redis://127.0.0.1:1")
     async with asyncpg.create_pool("postgresql://127.0.0.1:1", min_size=0, max_size=1) as pool:
         views = Views(pool)
-        yield Watchers(redis, LiveResults(redis, views), views, Announcements("postgresql://127.0.0.1:1", views))
+        announcements = Announcements("postgresql://127.0.0.1:1", views)
+        yield Watchers(redis, LiveResults(redis, views), views, announcements, Answered())
     await redis.aclose()
 
 
 def new_topic() -> Topic:
     poll_id = uuid4()
-    return Topic(poll_id, live_channel(poll_id).encode())
+    return Topic(poll_id, live_channel(poll_id).encode(), tell)
 
 
-def watcher_of(hub: Watchers, *topics: Topic, wanted: dict[UUID, int] | None = None, every: float = 0.0) -> Watcher:
+def tell(topic: Topic) -> None:
+    for watcher in topic.watchers:
+        watcher.notice(topic)
+
+
+def at(version: int) -> LogPosition:
+    return LogPosition(ZERO, version)
+
+
+def watcher_of(hub: Watchers, *topics: Topic, wanted: Wanted | None = None, every: float = 0.0) -> Watcher:
     watcher = Watcher(hub, topics, wanted or {}, every)
     for topic in topics:
         topic.watchers.add(watcher)
@@ -70,7 +83,7 @@ async def test_a_slow_watcher_gets_the_newest_only(hub: Watchers) -> None:
     topic = new_topic()
     watcher = watcher_of(hub, topic)
     for version in range(1, 1000):
-        topic.offer(version, b"%d" % version)
+        topic.offer(at(version), b"%d" % version)
     assert await sent(watcher) == b"999"
     assert not await has_news(watcher)
 
@@ -78,7 +91,7 @@ async def test_a_slow_watcher_gets_the_newest_only(hub: Watchers) -> None:
 async def test_every_watcher_is_sent_the_same_object(hub: Watchers) -> None:
     topic = new_topic()
     watchers = [watcher_of(hub, topic) for _ in range(3)]
-    topic.offer(1, b"".join([b"one", b"object"]))
+    topic.offer(at(1), b"".join([b"one", b"object"]))
     assert len({id(await sent(watcher)) for watcher in watchers}) == 1
 
 
@@ -95,7 +108,7 @@ async def test_versions_only_grow(hub: Watchers) -> None:
     shuffled = random.Random(7)
     for newest in range(1, last + 1):
         for version in (newest, shuffled.randrange(1, newest + 1)):
-            topic.offer(version, b"%d" % version)
+            topic.offer(at(version), b"%d" % version)
         await asyncio.sleep(0)
     await reading
     assert len(seen) > 10
@@ -109,17 +122,17 @@ async def test_a_version_is_told_again_where_its_counts_were_corrected(hub: Watc
         GetResultsResponse(results=Results(version=2, total_votes=votes, source=source)).SerializeToString()  # type: ignore[arg-type]
         for votes, source in ((7, RESULTS_SOURCE_READ_DATABASE), (7, RESULTS_SOURCE_LIVE_CACHE), (9, 0))
     )
-    topic.offer(2, stored)
+    topic.offer(at(2), stored)
     assert await sent(watcher) == stored
     # The same from another store is no news.
-    topic.offer(2, live, known=stored)
+    topic.offer(at(2), live, known=stored)
     assert not await has_news(watcher)
-    topic.offer(2, corrected, known=stored)
+    topic.offer(at(2), corrected, known=stored)
     assert await sent(watcher) == corrected
     # What was asked for before that arrives late.
-    topic.offer(2, stored, known=stored)
+    topic.offer(at(2), stored, known=stored)
     assert not await has_news(watcher)
-    topic.offer(2, hidden_results(2), known=corrected)
+    topic.offer(at(2), hidden_results(2), known=corrected)
     with pytest.raises(Refusal):
         await sent(watcher)
 
@@ -127,26 +140,26 @@ async def test_a_version_is_told_again_where_its_counts_were_corrected(hub: Watc
 async def test_a_busy_poll_does_not_hide_the_others(hub: Watchers) -> None:
     busy, quiet = new_topic(), new_topic()
     watcher = watcher_of(hub, busy, quiet)
-    busy.offer(1, b"busy")
-    quiet.offer(1, b"quiet")
+    busy.offer(at(1), b"busy")
+    quiet.offer(at(1), b"quiet")
     got = []
     for version in range(2, 5):
         got.append(await sent(watcher))
-        busy.offer(version, b"busy")
+        busy.offer(at(version), b"busy")
     assert b"quiet" in got
 
 
 async def test_min_interval_holds_for_each_poll(hub: Watchers) -> None:
     one, other = new_topic(), new_topic()
     watcher = watcher_of(hub, one, other, every=0.2)
-    one.offer(1, b"one 1")
+    one.offer(at(1), b"one 1")
     assert await sent(watcher) == b"one 1"
     started = time.monotonic()
-    one.offer(2, b"one 2")
+    one.offer(at(2), b"one 2")
     # It does not wait for the first poll's interval to end.
-    other.offer(1, b"other 1")
+    other.offer(at(1), b"other 1")
     assert await sent(watcher, 0.1) == b"other 1"
-    one.offer(3, b"one 3")
+    one.offer(at(3), b"one 3")
     assert await sent(watcher) == b"one 3"
     assert time.monotonic() - started > 0.15
     assert not await has_news(watcher)
@@ -154,14 +167,14 @@ async def test_min_interval_holds_for_each_poll(hub: Watchers) -> None:
 
 async def test_the_start_waits_for_the_wanted_version(hub: Watchers) -> None:
     topic, other = new_topic(), new_topic()
-    other.offer(1, b"other")
-    watcher = watcher_of(hub, topic, other, wanted={topic.poll_id: 3})
+    other.offer(at(1), b"other")
+    watcher = watcher_of(hub, topic, other, wanted={topic.poll_id: at(3)})
     start = asyncio.ensure_future(watcher.start(2))
     for version in (1, 2):
-        topic.offer(version, b"%d" % version)
+        topic.offer(at(version), b"%d" % version)
         await asyncio.sleep(0.01)
         assert not start.done()
-    topic.offer(3, b"3")
+    topic.offer(at(3), b"3")
     await start
     assert {await sent(watcher), await sent(watcher)} == {b"3", b"other"}
 
@@ -181,8 +194,9 @@ async def test_a_start_that_fails_says_why(
     hub: Watchers, version: int, absence: ErrorReason.ValueType | None, wanted: int, reason: ErrorReason.ValueType
 ) -> None:
     topic = new_topic()
-    topic.offer(version, b"results")
-    watcher = watcher_of(hub, topic, wanted={topic.poll_id: wanted} if wanted else None)
+    if version:
+        topic.offer(at(version), b"results")
+    watcher = watcher_of(hub, topic, wanted={topic.poll_id: at(wanted)} if wanted else None)
     start = asyncio.ensure_future(watcher.start(0.1))
     await asyncio.sleep(0)
     if absence:
@@ -194,7 +208,7 @@ async def test_a_start_that_fails_says_why(
 
 async def test_a_poll_that_is_found_missing_as_patience_ends_is_not_found(hub: Watchers) -> None:
     topic, fresh = new_topic(), new_topic()
-    watcher = watcher_of(hub, topic, fresh, wanted={fresh.poll_id: 1})
+    watcher = watcher_of(hub, topic, fresh, wanted={fresh.poll_id: at(1)})
     start = asyncio.ensure_future(watcher.start(0.05))
     await asyncio.sleep(0)
     # Both are due once the loop looks again.
