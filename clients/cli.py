@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shlex
 import sys
 from contextlib import aclosing, nullcontext
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.live import Live
 from rich.text import Text
-from tally.command.v1.command_service_pb2 import CastVoteRequest, RegisterVotersResponse
+from tally.command.v1.command_service_pb2 import CastVoteRequest
 from tally.poll.v1.poll_pb2 import VotingMethod
 from tally.query.v1.query_service_pb2 import (
     BatchGetResultsRequest,
@@ -21,13 +20,12 @@ from tally.query.v1.query_service_pb2 import (
 )
 
 from clients import dead_letters, polls
-from clients.ballots import BallotFile
 from clients.charts import bar_chart, change_line, results_table
-from clients.connection import Address, CommandServer, QueryServer, command, find_address
+from clients.connection import Address, QueryServer, command, find_address
 from clients.failures import Failure
+from clients.file_commands import import_file, register
 from clients.history import turnout, votes
 from clients.idempotency import idempotency_key
-from clients.importing import Import, Outcome, PollTakesNoVotes
 from clients.options import (
     DEFAULT_DATA_DIR,
     CommandAddress,
@@ -39,18 +37,13 @@ from clients.options import (
     RetryFor,
 )
 from clients.output import Output, console, plain, print_fields, print_json, say, say_warnings
-from clients.progress import Progress
-from clients.registering import Registration
-from clients.sheets import ChangedFile
 from clients.status import status
-from clients.voters import RollFile
 from clients.watchers import voting_method
 from clients.watchers import watch as watch_results
 from contracts.read_models import READ_MODELS
 
 _INTERRUPTED = 130
 _WRONG_USAGE = 2
-_SOME_REJECTED = 3
 _SOME_MISSING = 3
 _POLLS_OF_A_QUESTION = 100
 _SOME_PARKED = 3
@@ -67,6 +60,8 @@ app.add_typer(dead_letters.app, name="dead-letters")
 app.command()(status)
 app.command()(turnout)
 app.command()(votes)
+app.command("import")(import_file)
+app.command()(register)
 
 
 def main() -> None:
@@ -194,151 +189,6 @@ def watch(
     """
     address = find_address("query", query_address, data_dir)
     asyncio.run(_watch(address, poll, min_interval, at_least_as_fresh, retry_for, output))
-
-
-@app.command("import")
-def import_file(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Ballots, one a row: .csv, .csv.gz or .csv.xz.")],
-    choice_column: Annotated[
-        list[str],
-        typer.Option(
-            help="The column with the choice; blank ones are skipped. Repeatable, for approval: each marks one choice."
-        ),
-    ],
-    title: Annotated[str | None, typer.Option(help="The title of the poll to create.")] = None,
-    voter_column: Annotated[
-        str | None,
-        typer.Option(help="The column that names the voter. Default: the file's content and the line do."),
-    ] = None,
-    ignore_choice: Annotated[
-        list[str] | None, typer.Option(metavar="CHOICE", help="A choice that is no vote, such as overvote. Repeatable.")
-    ] = None,
-    approval: Annotated[
-        bool,
-        typer.Option("--approval", help="Create an approval poll; implied where there are several choice columns."),
-    ] = False,
-    results_after_close: Annotated[
-        bool, typer.Option("--results-after-close", help="Create a poll whose counts are hidden until it is closed.")
-    ] = False,
-    poll: Annotated[
-        str | None, typer.Option(metavar="ID", help="Cast into this poll instead of creating one.", show_default=False)
-    ] = None,
-    new_poll: Annotated[
-        bool, typer.Option("--new-poll", help="Create another poll even where the file was imported before.")
-    ] = False,
-    content: Annotated[
-        str | None,
-        typer.Option(metavar="DIGEST", help="Refuse a file with another content; a command to go on with has it."),
-    ] = None,
-    close: Annotated[bool, typer.Option("--close/--keep-open", help="Close the poll after the last row.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Show the counts as they grow, on stderr.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, max=20_000, help="Votes in a batch.")] = 2_000,
-    in_flight: Annotated[int, typer.Option(min=1, max=100, help="Batches that wait for their answer at a time.")] = 8,
-    retry_for: RetryFor = 60.0,
-    command_address: CommandAddress = None,
-    query_address: QueryAddress = None,
-    data_dir: DataDir = DEFAULT_DATA_DIR,
-    output: OutputOption = Output.TABLE,
-) -> None:
-    """Create a poll from a file of ballots, with the distinct choices as options, and cast every row.
-
-    The whole file is checked before anything is created. To run the same import again, after whatever happened, goes on
-    with the same poll and counts no ballot twice. Rejected rows are reported by line (the header is line 1) and reason.
-
-    Exit code: 0 if every row is recorded or skipped, 3 if some rows were rejected, 1 after an error, 2 for wrong usage,
-    130 if interrupted: a first Ctrl-C waits for the answers to what was sent.
-    """
-    if (title is None) == (poll is None) or (poll and new_poll):
-        raise typer.BadParameter("give either --title, for a new poll, or --poll, to go on with one")
-    if poll and results_after_close:
-        raise typer.BadParameter("--results-after-close is for a new poll; the one that is there stays as it is")
-    addresses = find_address("command", command_address, data_dir), find_address("query", query_address, data_dir)
-    choice_columns = tuple(dict.fromkeys(choice_column))
-    ballots = BallotFile(file, choice_columns, voter_column, frozenset(ignore_choice or ()))
-    survey = ballots.survey()
-    if content not in (None, survey.digest):
-        raise Failure(f"{file}: the file has changed since that import; to go on would count its ballots anew")
-    if poll is None and len(survey.choices) < 2:
-        raise Failure(f"{file}: {ballots.columns_named} {len(survey.choices)} choices; a poll needs two or more")
-    method = VotingMethod.VOTING_METHOD_SINGLE_CHOICE
-    if approval or len(choice_columns) > 1:
-        method = VotingMethod.VOTING_METHOD_APPROVAL
-    plan = Import(
-        ballots,
-        survey,
-        method,
-        title or "",
-        poll,
-        new_poll,
-        batch_size,
-        in_flight,
-        close,
-        watch,
-        retry_for,
-        results_after_close,
-    )
-    outcome = Outcome()
-    asyncio.run(_import(plan, *addresses, outcome))
-    _report(plan, outcome, output)
-    if outcome.interrupted or outcome.failure:
-        if outcome.closed:
-            say(f"every row was answered and the poll is closed; see tally results {outcome.poll_id}")
-        elif outcome.poll_id and isinstance(outcome.failure, ChangedFile):
-            say(f"what was cast counts in poll {outcome.poll_id}; to start over: tally poll cancel {outcome.poll_id}")
-        elif outcome.poll_id and not isinstance(outcome.failure, PollTakesNoVotes):
-            options = {"--command-address": command_address, "--query-address": query_address}
-            say("to go on: " + shlex.join(_continuation(plan, outcome, options, data_dir)))
-        sys.exit(_INTERRUPTED if outcome.interrupted else 1)
-    if outcome.rejected:
-        sys.exit(_SOME_REJECTED)
-
-
-@app.command()
-def register(
-    poll: PollId,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Voters, one a row: .csv, .csv.gz or .csv.xz.")],
-    voter_column: Annotated[
-        str | None,
-        typer.Option(help="The column that names the voter. Default: the file is a plain list, without a header."),
-    ] = None,
-    weight_column: Annotated[
-        str | None,
-        typer.Option(help="The column with how much the vote counts, 1 to 1,000,000. Default: 1."),
-    ] = None,
-    retry_for: RetryFor = 60.0,
-    command_address: CommandAddress = None,
-    data_dir: DataDir = DEFAULT_DATA_DIR,
-    output: OutputOption = Output.TABLE,
-) -> None:
-    """Put voters on the electoral roll of a poll that has one (--roll), while it is a draft or open.
-
-    The whole file is checked before anybody is registered; where a row is wrong, nobody is. To register the same voters
-    again, after whatever happened, is safe: they stay on the roll, with their first weight.
-
-    Exit code: 0 if everybody is on the roll, 1 after an error, 2 for wrong usage, 130 if interrupted.
-    """
-    if weight_column and not voter_column:
-        raise typer.BadParameter("--weight-column needs --voter-column")
-    address = find_address("command", command_address, data_dir)
-    roll = RollFile(file, voter_column, weight_column)
-    survey = roll.survey()
-    if survey.faulty:
-        say("\n".join(survey.faults))
-        if survey.faulty > len(survey.faults):
-            say(f"and {survey.faulty - len(survey.faults):,} more")
-        raise Failure(
-            f"{file}: {survey.faulty:,} of {survey.faulty + survey.voters:,} rows are wrong; nobody is registered"
-        )
-    registration = Registration(roll, survey, poll, retry_for)
-    response = asyncio.run(_register(registration, address))
-    if output is Output.JSON:
-        counts = {"rows": survey.voters, "seconds": registration.seconds, "attempts": registration.attempts}
-        print_json({"poll_id": poll, **plain(response), **counts})
-    else:
-        registered = {"registered": response.registered, "already_registered": response.already_registered}
-        print_fields({"poll_id": poll, **{name: f"{count:,}" for name, count in registered.items()}})
-    if registration.attempts > 1:
-        say("the connection was lost: those registered before that count as already registered")
 
 
 @app.command()
@@ -472,82 +322,6 @@ async def _watch(
                         chart.update(bar_chart(counts, method, terminal.height - 2), refresh=True)
                     else:
                         print(change_line(counts), flush=True)
-
-
-async def _import(plan: Import, command_address: Address, query_address: Address, outcome: Outcome) -> None:
-    with Progress(outcome, plan.survey.votes + plan.survey.faulty, plan.method) as progress:
-        async with CommandServer(command_address) as commands, QueryServer(query_address) as queries:
-            await plan.run(commands, queries, outcome, progress)
-
-
-async def _register(registration: Registration, address: Address) -> RegisterVotersResponse:
-    with Progress(registration, registration.survey.voters) as progress:
-        async with CommandServer(address) as commands:
-            return await registration.run(commands, progress)
-
-
-def _report(plan: Import, outcome: Outcome, output: Output) -> None:
-    survey = plan.survey
-    total = survey.votes + survey.faulty
-    if output is Output.JSON and outcome.poll_id:
-        print_json(
-            {
-                "poll_id": outcome.poll_id,
-                "rows": total + survey.blank + survey.ignored,
-                "accepted": outcome.accepted,
-                "already_recorded": outcome.already_recorded,
-                "rejected": outcome.rejected,
-                "blank": survey.blank,
-                "ignored": survey.ignored,
-                "rejections": [rejection._asdict() for rejection in outcome.rejections],
-                "seconds": outcome.seconds,
-                "votes_per_second": outcome.votes_per_second,
-                "read_side_seconds": outcome.read_side_seconds,
-                "complete": not (outcome.interrupted or outcome.failure),
-                "results": plain(outcome.results) if outcome.results else None,
-                "results_hidden": outcome.results_hidden,
-            }
-        )
-    elif outcome.results:
-        console().print(results_table(outcome.results, plan.method))
-    elif outcome.results_hidden:
-        say("the results are hidden until the poll is closed")
-    if outcome.failure:
-        say(str(outcome.failure))
-    if outcome.interrupted:
-        say("interrupted")
-    if outcome.poll_id:
-        say(
-            f"{outcome.done:,} of {total:,} votes answered: {outcome.accepted:,} accepted,"
-            f" {outcome.already_recorded:,} recorded before, {outcome.rejected:,} rejected;"
-            f" skipped: {survey.blank:,} blank, {survey.ignored:,} ignored"
-        )
-    if outcome.seconds:
-        say(f"{outcome.votes_per_second:,.0f} votes/s for {outcome.seconds:.2f} s")
-    if outcome.read_side_seconds is not None:
-        say(f"the read side showed all of them {outcome.read_side_seconds * 1000:,.0f} ms after the last answer")
-
-
-def _continuation(plan: Import, outcome: Outcome, places: dict[str, str | None], data_dir: Path) -> list[str]:
-    """The command line that goes on with an import that ended early."""
-    file = plan.file
-    options = {
-        "--poll": outcome.poll_id,
-        "--voter-column": file.voter_column,
-        # Without that column, another content would make other voters, and every ballot count twice.
-        "--content": plan.survey.digest if file.voter_column is None else None,
-        **places,
-        "--data-dir": None if data_dir == DEFAULT_DATA_DIR else str(data_dir),
-    }
-    words = ["tally", "import", str(file.path)]
-    for name, value in options.items():
-        words += [name, value] if value is not None else []
-    for column in file.choice_columns:
-        words += ["--choice-column", column]
-    for choice in sorted(file.ignored):
-        words += ["--ignore-choice", choice]
-    words += ["--approval"] if plan.method == VotingMethod.VOTING_METHOD_APPROVAL else []
-    return [*words, "--close"] if plan.close else words
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tally.poll.v1.error_reason_pb2 import ErrorReason
 from tally.poll.v1.poll_pb2 import PollOption, PollSpec, ResultsVisibility, VotingMethod
 from tally.query.v1.query_service_pb2 import GetPollRequest, GetResultsRequest, Results
 
-from clients.ballots import MAX_LABEL, Ballot, BallotFile, Survey, option_id
+from clients.ballots import Ballot, BallotFile, Survey, label, option_id
 from clients.batches import divided
 from clients.charts import state_name
 from clients.connection import CommandServer, Patience, QueryServer, Refused, is_transient, not_opened
@@ -154,9 +154,17 @@ class Import:
         if poll_id is None:
             identity = uuid.uuid4() if self.new_poll else self._identity()
             create = CreatePollRequest(request_id=str(identity), poll=self._spec())
-            created = await commands.call(
-                commands.stub.CreatePoll, create, retry_for=self.retry_for, on_lost=progress.lost
-            )
+            try:
+                created = await commands.call(
+                    commands.stub.CreatePoll, create, retry_for=self.retry_for, on_lost=progress.lost
+                )
+            except Refused as error:
+                if "request_id" not in str(error):
+                    raise
+                raise Failure(
+                    "another version of tally imported this file into a poll with other options: --poll goes on with"
+                    " that one, --new-poll imports the file into another"
+                ) from None
             poll_id = created.poll_id
             opening = OpenPollRequest(request_id=str(uuid.uuid5(identity, "open")), poll_id=poll_id)
             try:
@@ -218,13 +226,14 @@ class Import:
         columns = "\1".join(self.file.choice_columns)
         parts = [self.survey.digest, self.title, columns, self.file.voter_column or "", *sorted(self.file.ignored)]
         parts += ["results after close"] if self.results_after_close else []
+        parts += self.file.ways
         return uuid.uuid5(_IDENTITY, "\0".join([VotingMethod.Name(self.method), *parts]))
 
     def _spec(self) -> PollSpec:
         return PollSpec(
             title=self.title,
             method=self.method,
-            options=[PollOption(option_id=option_id(name), label=name[:MAX_LABEL]) for name in self.survey.choices],
+            options=[PollOption(option_id=option_id(name), label=label(name)) for name in self.survey.choices],
             results_visibility=_VISIBILITIES[self.results_after_close],
         )
 

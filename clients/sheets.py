@@ -1,115 +1,192 @@
-"""CSV files, read row by row from the disk as often as needed and never held in memory."""
+"""Tables in files: which rows and columns they have, read row by row as often as needed."""
 
-import codecs
 import csv
-import gzip
 import hashlib
-import io
-import lzma
-import zlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from clients.failures import Failure
+from clients.files import ChangedFile, Encoding, UnusableFile, examine, file_name, is_workbook, lines, new_digest
+from clients.findings import Findings
+from clients.workbooks import Workbook
+from contracts.text import clean_label, look
 
-_MAX_LINE = 1 << 20
 _SHOWN_COLUMNS = 20
 _SHOWN_NAME = 100
+_SAMPLE_ROWS = 100
 
-# line (where the row begins; the first line of the file is 1), the wanted cells, fault ("": the row has them all).
+DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
+# The line with which Excel is told of a delimiter.
+_SEP_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
+_PLACE = re.compile(r"#([1-9]\d{0,5})")
+
+# line (where the row begins; the first line of the file is 1), the wanted cells, fault ("": the row can be used).
 Row = tuple[int, Sequence[str], str]
 
 
-class UnusableFile(Failure):
-    """The file cannot be used; the text says where it is wrong."""
+class Form(NamedTuple):
+    """How a file is written, and where the wanted columns are; as it was found, or told."""
 
-
-class ChangedFile(UnusableFile):
-    """The file is not the one that was read before."""
+    told: str
+    """`UTF-8, comma between cells`."""
+    encoding: Encoding | None
+    """None: it is a workbook."""
+    delimiter: str
+    header_line: int
+    """0: there is no header."""
+    header: tuple[str, ...]
+    """The names of all columns; without a header, empty ones."""
+    places: tuple[int, ...]
+    """Where the wanted columns are, from 0; of a plain list (0,)."""
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A file (.csv, .csv.gz or .csv.xz; UTF-8) of which some columns are wanted.
+    """A file with a table of which some columns are wanted: CSV in whatever dialect, or an .xlsx workbook.
 
-    Its first line names the columns. Without any that are wanted it is a plain list: no such line, one cell a row.
+    A column is named by its header, or `#3` is the third one. Without any that are wanted it is a plain list: no
+    header, one cell a row. `encoding` and `delimiter` are found out where they are not given.
     """
 
     path: Path
     columns: tuple[str, ...]
+    has_header: bool = True
+    encoding: str | None = None
+    delimiter: str | None = None
 
-    def rows(self, digest: "hashlib.blake2b") -> Iterator[Row]:
-        """Every row that is not empty. `digest` takes in the decompressed content. Raises UnusableFile."""
-        # Strict: an unclosed quote would otherwise swallow the rest of the file, silently.
-        reader = csv.reader(self._lines(digest), strict=True)
-        line = 1
-        try:
-            places, width = self._layout(reader) if self.columns else ([0], 1)
-            line = reader.line_num + 1
-            for row in reader:
-                if len(row) == width:
-                    yield line, [row[place] for place in places], ""
-                elif row:
-                    wanted = f"the header {width}" if self.columns else "a plain list 1"
-                    yield line, (), f"the row has {len(row)} cells and {wanted}"
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise UnusableFile(f"{self.path}: line {line}: not valid CSV: {error}") from None
+    def form(self) -> Form:
+        """Finds out how the file is written. Raises UnusableFile."""
+        if is_workbook(self.path):
+            book = Workbook(self.path)
+            return self._laid_out(book.told, None, "", book.rows())
+        examined = examine(self.path, self.encoding)
+        delimiter = self.delimiter or self._delimiter(examined.sample)
+        name = next((name for name, each in DELIMITERS.items() if each == delimiter), repr(delimiter))
+        told = f"{examined.encoding.told}, {name} between cells"
+        records = _records(self.path, lines(self.path, examined.encoding, new_digest()), delimiter)
+        return self._laid_out(told, examined.encoding, delimiter, records)
 
-    def rows_again(self, digest: str) -> Iterator[Row]:
+    def rows(self, form: Form, digest: "hashlib.blake2b", findings: Findings) -> Iterator[Row]:
+        """Every row that is not empty. `digest` takes in the content. Raises UnusableFile."""
+        if form.encoding is None:
+            book = Workbook(self.path)
+            digest.update(book.content)
+            records = book.rows()
+        else:
+            records = _records(self.path, lines(self.path, form.encoding, digest), form.delimiter)
+        width, places = len(form.header), form.places
+        last = max(places)
+        for line, row in records:
+            if line <= form.header_line:
+                continue
+            if len(row) == width:
+                yield line, [row[place] for place in places], ""
+            elif len(row) > width and any(cell.strip() for cell in row[width:]):
+                wanted = f"the header {width}" if form.header_line else f"the first row {width}"
+                yield line, (), f"the row has {len(row)} cells and {wanted}"
+            elif len(row) > last:
+                # Programs leave out empty cells at the end of a row, or add some.
+                yield line, [row[place] for place in places], ""
+            else:
+                cells = f"{len(row)} of {width} cells"
+                findings.note("short rows: their missing cells are read as blank", line, cells)
+                yield line, [row[place] if place < len(row) else "" for place in places], ""
+
+    def rows_again(self, form: Form, digest: str) -> Iterator[Row]:
         """The same rows. Raises ChangedFile at their end where the content is not the one with this digest, in hex."""
         read = new_digest()
-        yield from self.rows(read)
+        yield from self.rows(form, read, Findings())
         if read.hexdigest() != digest:
-            raise ChangedFile(f"{self.path}: the file changed while it was being read")
+            raise ChangedFile(f"{file_name(self.path)}: the file changed while it was being read")
 
-    def _layout(self, reader: Iterator[list[str]]) -> tuple[list[int], int]:
-        """Where the wanted columns are, and how many there are in all."""
-        header = next(reader, None)
-        if header is None:
-            raise UnusableFile(f"{self.path}: the file is empty")
-        for column in header:
-            # Spreadsheets leave nameless columns at the end; those are in nobody's way.
-            if column and header.count(column) > 1:
-                raise UnusableFile(f"{self.path}: the header names {column!r} more than once")
-        for name in self.columns:
-            if name not in header:
-                columns = ", ".join(repr(column[:_SHOWN_NAME]) for column in header[:_SHOWN_COLUMNS])
-                more = f" and {len(header) - _SHOWN_COLUMNS} more" if len(header) > _SHOWN_COLUMNS else ""
-                raise UnusableFile(f"{self.path}: there is no column {name!r}; the columns are {columns}{more}")
-        return [header.index(name) for name in self.columns], len(header)
+    def columns_told(self, form: Form) -> str:
+        """The columns that are not used, for a person to see; empty where all are."""
+        names = [name or "(nameless)" for place, name in enumerate(form.header) if place not in form.places]
+        shown = ", ".join(repr(name[:_SHOWN_NAME]) for name in names[:_SHOWN_COLUMNS])
+        more = f" and {len(names) - _SHOWN_COLUMNS} more" if len(names) > _SHOWN_COLUMNS else ""
+        return f"{shown}{more}"
 
-    def _lines(self, digest: "hashlib.blake2b") -> Iterator[str]:
-        number = 0
-        try:
-            if self.path.exists() and not self.path.is_file():
-                raise UnusableFile(f"{self.path}: not a file that can be read twice")
-            with _open(self.path) as file:
-                while data := file.readline(_MAX_LINE):
-                    number += 1
-                    if len(data) == _MAX_LINE:
-                        raise UnusableFile(f"{self.path}: line {number}: longer than {_MAX_LINE:,} bytes")
-                    digest.update(data)
-                    yield (data.removeprefix(codecs.BOM_UTF8) if number == 1 else data).decode()
-        except UnicodeDecodeError as error:
-            raise UnusableFile(f"{self.path}: line {number}: not valid UTF-8 at byte {error.start + 1}") from None
-        except OSError as error:
-            raise UnusableFile(f"{self.path}: {error.strerror or error}") from None
-        except (EOFError, zlib.error, lzma.LZMAError) as error:
-            raise UnusableFile(f"{self.path}: damaged after line {number}: {error}") from None
+    def _laid_out(
+        self, told: str, encoding: Encoding | None, delimiter: str, records: Iterator[tuple[int, list[str]]]
+    ) -> Form:
+        line, first = next(records, (0, []))
+        if not first:
+            raise UnusableFile(f"{file_name(self.path)}: the file is empty")
+        if encoding is not None and len(first) == 1:
+            told = f"{told.rpartition(',')[0]}, one column"
+        if not self.columns:
+            if len(first) > 1:
+                cells = ", ".join(repr(cell[:_SHOWN_NAME]) for cell in first[:_SHOWN_COLUMNS])
+                raise UnusableFile(
+                    f"{file_name(self.path)}: has {len(first)} columns ({cells}): --voter-column says which one names"
+                    " the voter; --delimiter, what is between cells"
+                )
+            return Form(told, encoding, delimiter, 0, ("",), (0,))
+        names = [clean_label(cell) for cell in first] if self.has_header else [""] * len(first)
+        # Spreadsheets leave nameless columns at the end.
+        places = tuple(self._place(name, names) for name in self.columns)
+        return Form(told, encoding, delimiter, line if self.has_header else 0, tuple(names), places)
+
+    def _place(self, name: str, names: Sequence[str]) -> int:
+        wanted = clean_label(name)
+        found = [place for place, each in enumerate(names) if each == wanted and wanted]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            places = [f"#{place + 1}" for place in found]
+            raise UnusableFile(
+                f"{file_name(self.path)}: the header names {name!r} more than once: say which one by its place,"
+                f" {', '.join(places[:-1])} or {places[-1]}"
+            )
+        place = _PLACE.fullmatch(wanted)
+        if place and int(place[1]) <= len(names):
+            return int(place[1]) - 1
+        columns = ", ".join(repr(column[:_SHOWN_NAME]) for column in names[:_SHOWN_COLUMNS])
+        more = f" and {len(names) - _SHOWN_COLUMNS} more" if len(names) > _SHOWN_COLUMNS else ""
+        alike = [each for each in names if look(each) == look(wanted)]
+        hint = f"; do you mean {alike[0]!r}?" if len(alike) == 1 and self.has_header else ""
+        if not self.has_header:
+            columns, more = f"#1 to #{len(names)}", ""
+        raise UnusableFile(
+            f"{file_name(self.path)}: there is no column {name!r}; the columns are {columns}{more}{hint}"
+        )
+
+    def _delimiter(self, sample: str) -> str:
+        """The delimiter under which the header has the wanted columns, and the most rows as many cells as it."""
+        if found := _SEP_LINE.match(sample):
+            return found[1]
+        wanted = (
+            {clean_label(name) for name in self.columns if not _PLACE.fullmatch(name)} if self.has_header else set()
+        )
+
+        def fit(delimiter: str) -> tuple[int, int, int]:
+            rows = []
+            try:
+                for row in csv.reader(sample.splitlines(keepends=True), delimiter=delimiter):
+                    rows += [row] if row else []
+                    if len(rows) == _SAMPLE_ROWS:
+                        break
+            except csv.Error:
+                pass
+            header = rows[0] if rows else []
+            named = len(wanted & set(map(clean_label, header)))
+            alike = sum(len(row) == len(header) for row in rows) if len(header) > 1 else 0
+            return named, alike, len(header)
+
+        return max(DELIMITERS.values(), key=fit)
 
 
-def new_digest() -> "hashlib.blake2b":
-    """Takes in a file's content; 32 hexadecimal digits, the same for votes.csv and votes.csv.gz."""
-    return hashlib.blake2b(digest_size=16)
-
-
-def _open(path: Path) -> io.BufferedReader:
-    match path.suffix.lower():
-        case ".gz":
-            return io.BufferedReader(gzip.open(path))
-        case ".xz":
-            return io.BufferedReader(lzma.open(path))
-        case _:
-            return path.open("rb")
+def _records(path: Path, text: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Each record of a CSV file that is not empty, with the line on which it begins."""
+    # Strict: an unclosed quote would otherwise swallow the rest of the file, silently.
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    line = 1
+    try:
+        for row in reader:
+            if row and not (line == 1 and _SEP_LINE.fullmatch(delimiter.join(row))):
+                yield line, row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UnusableFile(f"{file_name(path)}: line {line}: not valid CSV: {error}") from None

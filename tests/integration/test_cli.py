@@ -175,6 +175,14 @@ def continuation(outcome: Ended) -> list[str]:
     return shlex.split(found[1])
 
 
+async def told_poll(process: Process) -> str:
+    """The poll that an import creates, as soon as it says so."""
+    assert process.stderr
+    while not (line := (await next_line(process.stderr)).decode()).startswith("poll "):
+        pass
+    return line.split()[-1]
+
+
 async def test_a_poll_lives_from_draft_to_certified(cli: Cli) -> None:
     title = f"Tea or coffee? {uuid4()}"
     created = await cli.data("poll", "create", "--title", title, "--option", "Tea", "--option", "c=Coffee = black")
@@ -350,20 +358,21 @@ async def test_a_roll_is_registered_whole_or_its_faults_are_told(cli: Cli, tmp_p
     poll_id = await cli.open_poll("yes", "no", eligibility=Eligibility.ELIGIBILITY_ROLL)
     faulty, good = tmp_path / "faulty.csv", tmp_path / "good.csv.xz"
     faulty.write_text("id,shares\nanna,5\nbert,0\n,1\n")
-    good.write_bytes(lzma.compress(b"id,shares\nanna,5\nbert,1\nanna,7\n"))
+    good.write_bytes(lzma.compress(b"id,shares\nanna,5\nbert,1\nanna,5\n"))
     arguments = ("register", poll_id, "--voter-column", "id", "--weight-column", "shares")
     outcome = await cli.run(*arguments, str(faulty))
     assert outcome.code == 1
-    assert [line.partition(": ")[0] for line in outcome.err.splitlines()] == ["line 3", "line 4", str(faulty)]
+    assert [line.partition(": ")[0] for line in outcome.err.splitlines()][-3:] == ["line 3", "line 4", str(faulty)]
 
     first = await cli.data(*arguments, str(good))
-    assert (first["rows"], first["registered"], first["already_registered"]) == (3, 2, 1)
+    assert (first["rows"], first["people"], first["registered"], first["already_registered"]) == (3, 2, 2, 0)
     again, no_roll = await asyncio.gather(
         cli.data(*arguments, str(good)),
-        cli.refused("register", await cli.open_poll("yes", "no"), str(good), "--voter-column", "id"),
+        cli.run("register", await cli.open_poll("yes", "no"), str(good), "--voter-column", "id"),
     )
-    assert (again["registered"], again["already_registered"]) == (0, 3)
-    assert no_roll.startswith("INVALID_REQUEST: ")
+    assert (again["registered"], again["already_registered"]) == (0, 2)
+    assert no_roll.code == 1
+    assert no_roll.err.splitlines()[-1].startswith("INVALID_REQUEST: ")
     await cli.vote(poll_id, "bert", "no")
     token = await cli.vote(poll_id, "anna", "yes")
     printed = await cli.run("results", poll_id, "--at-least-as-fresh", token)
@@ -527,7 +536,7 @@ async def test_hidden_results_are_told_when_the_poll_is_closed(cli: Cli, tmp_pat
 
 async def test_an_import_reports_every_row_and_counts_none_twice(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "votes.csv"
-    path.write_text('id,note,vote\na,"two\nlines",red\nb,,blue\na,,blue\n,,red\nc,,\nd,,overvote\nb,,blue\ne,red\n')
+    path.write_text('id,note,vote\na,"two\nlines",red\nb,,blue\na,,blue\n,,red\nc,,\nd,,overvote\nb,,blue\ne,,red,,x\n')
     arguments = (
         *("import", str(path), "--title", f"Colours {uuid4()}", "--choice-column", "vote", "--voter-column", "id"),
         *("--ignore-choice", "overvote", "--output", "json"),
@@ -569,9 +578,9 @@ async def test_the_real_election_is_counted_exactly_also_the_second_time(cli: Cl
     assert counts(second["results"]) == election()
     assert second["results"]["state"] == "POLL_STATE_CLOSED"
     complaint, certified = await asyncio.gather(
-        cli.refused(*arguments), cli.run("poll", "certify", second["poll_id"], "-o", "json")
+        cli.run(*arguments), cli.run("poll", "certify", second["poll_id"], "-o", "json")
     )
-    assert "takes no more votes" in complaint
+    assert (complaint.code, "takes no more votes" in complaint.err) == (1, True)
     assert certified.code == 0, certified
     assert counts(certified.data["results"]["certification"]) == election()
 
@@ -607,7 +616,7 @@ async def test_an_unusable_file_is_one_line_and_changes_nothing(cli: Cli, tmp_pa
     unusable = {
         b"": "the file is empty",
         b"vote\n": "no row below the header",
-        b"vote\nred\nblue\n\xff\n": "line 4: not valid UTF-8",
+        "vote\nred\nbl\u00fce\n".encode() + b"\xff\n": "line 4: not valid UTF-8",
         b"choice\nred\nblue\n": "there is no column 'vote'; the columns are 'choice'",
         b"vote,vote\nred,blue\n": "names 'vote' more than once",
         b'vote\nred\n"blue\n': "line 3: not valid CSV",
@@ -656,7 +665,7 @@ async def test_what_is_not_utf_8_is_wrong_usage_unless_it_names_a_file(cli: Cli,
     assert (outcome.code, outcome.err) == (2, "TALLY_QUERY_ADDRESS is not valid UTF-8\n")
     roll = tmp_path / "caf\udce9.csv"
     roll.write_text("anna\n")
-    assert "POLL_NOT_FOUND" in await cli.refused("register", str(uuid4()), str(roll))
+    assert "POLL_NOT_FOUND" in (await cli.run("register", str(uuid4()), str(roll))).err
 
 
 async def test_servers_are_found_in_three_ways(cli: Cli, tmp_path: Path) -> None:
@@ -860,7 +869,7 @@ async def test_ctrl_c_after_the_poll_is_closed_says_so(cli: Cli, tmp_path: Path)
             *("--query-address", f"127.0.0.1:{silent.getsockname()[1]}"),
         )
         assert process.stderr
-        poll_id = (await next_line(process.stderr)).decode().split()[-1]
+        poll_id = await told_poll(process)
         async with asyncio.timeout(30):
             while (await cli.data("poll", "show", poll_id))["poll"]["state"] != "POLL_STATE_CLOSED":
                 pass
@@ -882,7 +891,7 @@ async def test_a_file_that_changed_is_not_counted_again(cli: Cli, tmp_path: Path
         *("--batch-size", "50", "--in-flight", "1"),
     )
     assert process.stderr
-    poll_id = (await next_line(process.stderr)).decode().split()[-1]
+    poll_id = await told_poll(process)
     while b"rows (" not in await next_line(process.stderr):
         pass
     if during:
@@ -910,7 +919,7 @@ async def test_a_poll_that_is_closed_under_an_import_ends_it(cli: Cli) -> None:
         *("--batch-size", "20", "--in-flight", "1"),
     )
     assert process.stderr
-    poll_id = (await next_line(process.stderr)).decode().split()[-1]
+    poll_id = await told_poll(process)
     while b"rows (" not in await next_line(process.stderr):
         pass
     closed = await cli.data("poll", "close", poll_id)

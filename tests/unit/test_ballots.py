@@ -10,9 +10,9 @@ import pytest
 from tally.command.v1.command_service_pb2 import CastVotesRequest
 
 import clients.batches
-from clients.ballots import MAX_OPTIONS, Ballot, BallotFile, option_id
+from clients.ballots import MAX_LABEL, MAX_OPTIONS, Ballot, BallotFile, Survey, label, option_id
+from clients.files import UnusableFile
 from clients.importing import batches
-from clients.sheets import UnusableFile
 
 Write = Callable[..., Path]
 
@@ -37,6 +37,11 @@ def read(file: BallotFile) -> list[Ballot]:
     return list(file.ballots(file.survey()))
 
 
+def told(survey: Survey) -> dict[str, list[str]]:
+    """What was found, by kind."""
+    return {name: finding.examples for name, finding in survey.findings.kinds.items()}
+
+
 def test_votes_are_rows_whose_choice_is_neither_blank_nor_ignored(write: Write) -> None:
     path = write("id,choice\na,red\nb,\nc,blue\nd,overvote\ne,red\nf,  \n")
     file = BallotFile(path, ("choice",), "id", frozenset({"overvote"}))
@@ -50,15 +55,17 @@ def test_every_choice_column_marks_a_choice_and_the_same_one_twice_marks_it_once
     path = write("id,1st,2nd,3rd\na,red,blue,red\nb,,green, \nc,,overvote,\nd,overvote,blue,\ne,,,\n,red,,\n,,,\n")
     file = BallotFile(path, ("1st", "2nd", "3rd"), "id", frozenset({"overvote"}))
     survey = file.survey()
-    assert survey.choices == {"blue": 2, "red": 1, "green": 1}
+    assert list(survey.choices.items()) == [("red", 1), ("blue", 2), ("green", 1)]
     assert (survey.votes, survey.blank, survey.ignored, survey.faulty) == (3, 2, 1, 1)
     assert read(file)[:3] == [(2, "a", ["red", "blue"], ""), (3, "b", ["green"], ""), (5, "d", ["blue"], "")]
     assert [(line, bool(fault)) for line, _, _, fault in read(file)[3:]] == [(7, True)]
 
 
-def test_choices_come_most_chosen_first_and_equal_ones_as_they_appear(write: Write) -> None:
+def test_choices_come_as_the_file_first_names_them_whatever_their_counts(write: Write) -> None:
     path = write("choice\nb\na\nc\nc\n")
-    assert list(BallotFile(path, ("choice",)).survey().choices) == ["c", "b", "a"]
+    assert list(BallotFile(path, ("choice",)).survey().choices) == ["b", "a", "c"]
+    told = BallotFile(path, ("choice",), options=("d", "c"))
+    assert list(told.survey().choices.items()) == [("d", 0), ("c", 2), ("b", 1), ("a", 1)]
 
 
 def test_a_row_is_known_by_the_line_it_begins_on(write: Write) -> None:
@@ -99,11 +106,22 @@ def test_a_row_without_a_usable_voter_is_faulty_unless_it_is_no_ballot(write: Wr
     assert all("voter_id" in ballot[3] for ballot in ballots if ballot[3])
 
 
-def test_a_row_with_another_number_of_cells_is_faulty_and_offers_no_choice(write: Write) -> None:
-    path = write("id,choice,rank\na,red,1\nb,STROUD, JR.,1\nc\n")
+def test_a_row_with_more_cells_is_faulty_and_offers_no_choice(write: Write) -> None:
+    path = write("id,choice,rank\na,red,1\nb,STROUD, JR.,1\nc,red,1,,\n")
     file = BallotFile(path, ("choice",), "id")
-    assert file.survey().choices == {"red": 1}
-    assert [(line, bool(fault)) for line, _, _, fault in read(file)] == [(2, False), (3, True), (4, True)]
+    assert file.survey().choices == {"red": 2}
+    assert [(line, bool(fault)) for line, _, _, fault in read(file)] == [(2, False), (3, True), (4, False)]
+
+
+def test_the_missing_cells_of_a_short_row_are_blank_which_is_told_where_they_are_wanted(write: Write) -> None:
+    path = write("id,1st,2nd,note\na,red,blue\nb,red\nc\nd,,blue,x\n")
+    file = BallotFile(path, ("1st", "2nd"), "id")
+    survey = file.survey()
+    assert (survey.choices, survey.votes, survey.blank, survey.faulty) == ({"red": 2, "blue": 2}, 3, 1, 0)
+    assert told(survey) == {
+        "short rows: their missing cells are read as blank": ["line 3: 2 of 4 cells", "line 4: 1 of 4 cells"]
+    }
+    assert not survey.findings.stop(yes=False)
 
 
 @pytest.mark.parametrize(
@@ -113,10 +131,14 @@ def test_a_row_with_another_number_of_cells_is_faulty_and_offers_no_choice(write
         ("id,choice\n", "no row below the header"),
         ("id,choice\n\n\n", "no row below the header"),
         ("id,vote\na,red\n", "no column 'choice'; the columns are 'id', 'vote'"),
-        ("id,choice,choice\na,red,blue\n", "names 'choice' more than once"),
-        ("id,choice,id\na,red,b\n", "names 'id' more than once"),
-        (b"id,choice\na,red\nb,\xff\n", "line 3: not valid UTF-8 at byte 3"),
-        (b"\xff\xfei\x00d\x00", "line 1: not valid UTF-8 at byte 1"),
+        ("id,choice,choice\na,red,blue\n", "names 'choice' more than once: say which one by its place, #2 or #3"),
+        ("id,choice,id\na,red,b\n", "names 'id' more than once: say which one by its place, #1 or #3"),
+        ("id,Choice\na,red\n", "no column 'choice'; the columns are 'id', 'Choice'; do you mean 'Choice'?"),
+        ("id,ch\u00f6ice\na,red\nb,".encode() + b"\xff\n", "line 3: not valid UTF-8 at byte 3"),
+        (b"id,choice\na,red\nb,\x81\n", "line 3: not valid UTF-8 at byte 3, and not Windows-1252"),
+        (b"\xff\xfei\x00d", "line 1: not valid UTF-16"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"\0" * 100, "an old Excel workbook"),
+        (b"\0\0\0\1" * 100, "holds zero bytes and is no text"),
         ('id,choice\na,red\nb,"blue\nc,red\n', "line 3: not valid CSV"),
         ('id,choice\na,"red"dish\n', "line 2: not valid CSV"),
         (b"id,choice\na," + b"x" * (2 << 20), "line 2: longer than"),
@@ -177,6 +199,9 @@ def test_a_choice_that_is_too_long_for_an_option_id_gets_one() -> None:
     assert option_id(longest) == longest
     assert len(option_id(longer)) == 100
     assert len({option_id(longest), option_id(longer), option_id(other)}) == 3
+    assert label("x" * MAX_LABEL) == "x" * MAX_LABEL
+    # Two labels of a poll that begin alike must not look the same.
+    assert len({label("x" * 300), label("x" * 301)}) == 2
 
 
 def test_batches_hold_every_ballot_once_in_order_with_its_line() -> None:
@@ -202,7 +227,8 @@ def test_a_batch_stays_below_the_size_that_a_server_takes(monkeypatch: pytest.Mo
 def test_the_shipped_election_has_the_known_count() -> None:
     path = Path(__file__).parents[2] / "examples" / "minneapolis-2013-mayor.csv.gz"
     survey = BallotFile(path, ("choice_1",), "ballot_id", frozenset({"overvote"})).survey()
-    assert dict(list(survey.choices.items())[:3]) == {
+    most = sorted(survey.choices.items(), key=lambda item: -item[1])[:3]
+    assert dict(most) == {
         "BETSY HODGES": 28_935,
         "MARK ANDREW": 19_584,
         "DON SAMUELS": 8_335,
