@@ -57,6 +57,16 @@ def event_subject(shard: int, poll_id: UUID) -> str:
     return f"tally.events.{shard}.{poll_id}"
 
 
+def parse_event_subject(subject: str) -> tuple[int, UUID] | None:
+    """The shard and the poll of a subject that `event_subject` made; None for another one."""
+    with suppress(ValueError):
+        *_, shard, poll_id = subject.split(".")
+        found = int(shard), UUID(poll_id)
+        if event_subject(*found) == subject:
+            return found
+    return None
+
+
 def outbox_report_subject(shard: int) -> str:
     """Where the relay of a shard says what waits in its outbox."""
     return f"tally.outbox.{shard}"

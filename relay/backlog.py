@@ -9,6 +9,7 @@ from nats.aio.client import Client
 from prometheus_client import Gauge
 from tally.query.v1.query_service_pb2 import OutboxStatus
 
+from contracts import log_epoch
 from contracts.bus import outbox_report_subject
 from contracts.status import REPORT_SECONDS, now
 from runtime import postgres
@@ -19,7 +20,11 @@ sql = postgres.queries(__package__)
 _SHARE = 0.1
 
 _events = Gauge("tally_outbox_events", "Events that wait in the outbox; NaN while that is unknown.", ["shard"])
-_oldest = Gauge("tally_outbox_oldest_seconds", "Age of the first waiting event; NaN while unknown.", ["shard"])
+_oldest = Gauge(
+    "tally_outbox_oldest_seconds",
+    "Age of the first waiting event that was never published; NaN while unknown.",
+    ["shard"],
+)
 
 
 class Backlog:
@@ -45,7 +50,14 @@ class Backlog:
                 _events.labels(self._shard).set(math.nan)
                 _oldest.labels(self._shard).set(math.nan)
             else:
-                self._status = OutboxStatus(shard=self._shard, shards=self._shards, reported_at=now(), **row)
+                self._status = OutboxStatus(
+                    shard=self._shard,
+                    shards=self._shards,
+                    events=row["events"],
+                    oldest_seconds=row["oldest_seconds"],
+                    reported_at=now(),
+                    log_epoch=log_epoch.text(row["log_epoch"]),
+                )
                 _events.labels(self._shard).set(row["events"])
                 _oldest.labels(self._shard).set(row["oldest_seconds"] or 0.0)
             await asyncio.sleep(max(REPORT_SECONDS, (time.monotonic() - started) / _SHARE))

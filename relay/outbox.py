@@ -8,7 +8,7 @@ from uuid import UUID
 
 import asyncpg
 
-from contracts.bus import event_message
+from contracts.bus import MESSAGE_ID_HEADER, event_headers, event_message, microseconds
 from runtime.postgres import queries
 from runtime.replicas import connect_primary
 
@@ -46,6 +46,13 @@ class OutboxEvent(NamedTuple):
     outbox_id: int
     poll_id: UUID
     version: int
+    # When it was recorded, in microseconds of Unix time.
+    recorded_at: int
+    # Whether it was published before, and is now for readers that missed it.
+    again: bool
+    # The current epoch of the log.
+    log_epoch: UUID
+    headers: dict[str, str]
     data: bytes
 
 
@@ -83,5 +90,12 @@ async def connect(dsn: str, shard: int, shards: int) -> AsyncIterator[Outbox]:
         connection.terminate()
 
 
-def _event(outbox_id: int, poll_id: UUID, version: int, recorded_at: datetime, payload: bytes) -> OutboxEvent:
-    return OutboxEvent(outbox_id, poll_id, version, event_message(poll_id, version, recorded_at, payload))
+def _event(
+    outbox_id: int, poll_id: UUID, version: int, again: bool, recorded_at: datetime, payload: bytes, log_epoch: UUID
+) -> OutboxEvent:
+    # Another event has another id, also in a history that gives it the same version; and so has a row that is queued
+    # once more for an event that readers missed.
+    headers = {MESSAGE_ID_HEADER: f"{log_epoch}:{poll_id}:{version}:{outbox_id}"}
+    headers |= event_headers(log_epoch, version, recorded_at)
+    data = event_message(poll_id, version, recorded_at, payload)
+    return OutboxEvent(outbox_id, poll_id, version, microseconds(recorded_at), again, log_epoch, headers, data)

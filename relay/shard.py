@@ -6,19 +6,22 @@ begins anew from what the outbox holds. So there is one way to recover, whatever
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from uuid import UUID
 
 import asyncpg
 import structlog
-from nats import errors as nats_errors
 from prometheus_client import Counter, Gauge
 
-from contracts.bus import MAX_EVENT_BYTES
+from contracts.bus import MAX_EVENT_BYTES, EventHeaders
 from relay import outbox
 from relay.backlog import Backlog
-from relay.outbox import Outbox
+from relay.comparison import Comparison
+from relay.history import History, check
+from relay.outbox import Outbox, OutboxEvent
 from relay.repair import Repair
-from relay.stream import Stream
+from relay.stream import Stream, StreamedEvent, Unusable
 from runtime import nats, postgres
 from runtime.failpoints import failpoint
 from runtime.lifecycle import Backoff, reasons
@@ -29,6 +32,10 @@ _STANDBY_SECONDS = 0.5
 # Between two looks into an empty outbox: short after an event, longer while nothing happens.
 _SHORTEST_PAUSE_SECONDS = 0.002
 _LONGEST_PAUSE_SECONDS = 0.020
+# How often it is said that something is to be changed by an operator.
+_REFUSAL_SECONDS = 10.0
+# Of so many polls it is known which version was published last.
+_REMEMBERED_POLLS = 10_000
 # A session that lasted this long was a good one: the next pause is a short one.
 _GOOD_SESSION_SECONDS = 10.0
 
@@ -54,7 +61,9 @@ class Shard:
         self._shards = shards
         self._ready = ready
         self._backlog = Backlog(pool, shard, shards)
+        self._history = History(pool)
         self._leads = _leads.labels(shard)
+        self._refused_at = 0.0
 
     async def run(self, stop: asyncio.Event) -> None:
         """Relays until `stop` is set; then what is under way is finished and nothing acknowledged is left behind."""
@@ -73,13 +82,20 @@ class Shard:
                 if time.monotonic() - started > _GOOD_SESSION_SECONDS:
                     backoff.reset()
                 _failures.labels(self._shard).inc()
-                log.warning(
-                    "relaying failed", shard=self._shard, errors=reasons(failures), failures=backoff.failures + 1
-                )
+                self._tell(failures, backoff.failures + 1)
             else:
                 continue
             # Not within except*, which would wrap a cancellation into a group.
             await backoff.wait()
+
+    def _tell(self, failures: BaseExceptionGroup[BaseException], count: int) -> None:
+        for_an_operator = failures.subgroup(Unusable) is not None
+        if for_an_operator and time.monotonic() - self._refused_at < _REFUSAL_SECONDS:
+            # It says the same until something is changed.
+            return
+        self._refused_at = time.monotonic() if for_an_operator else 0.0
+        say = log.error if for_an_operator else log.warning
+        say("relaying failed", shard=self._shard, errors=reasons(failures), failures=count)
 
     async def _session(self, stop: asyncio.Event) -> None:
         async with (
@@ -88,7 +104,7 @@ class Shard:
         ):
             if connection.max_payload < MAX_EVENT_BYTES:
                 # Better no event at all, and everybody hears of it, than one that blocks all behind it some day.
-                raise nats_errors.Error(
+                raise Unusable(
                     f"NATS refuses messages above {connection.max_payload:,} bytes: set its max_payload to at least"
                     f" {MAX_EVENT_BYTES:,}"
                 )
@@ -99,26 +115,31 @@ class Shard:
                     return
             stream = Stream(connection, self._shard)
             await stream.ensure()
-            repair = Repair(self._pool, connection, stream, self._shard, self._shards)
-            log.info("leading", shard=self._shard)
+            epoch = await self._history.agree(stream)
+            repair = Repair(self._pool, connection, self._shard, self._shards)
+            comparison = Comparison(self._pool, stream, self._history, epoch, self._shard, self._shards)
+            log.info("leading", shard=self._shard, log_epoch=str(epoch))
             self._leads.set(1)
             self._ready()
             try:
                 async with asyncio.TaskGroup() as tasks:
                     beside = [
                         tasks.create_task(repair.answer_requests()),
-                        tasks.create_task(repair.check_tails()),
+                        tasks.create_task(repair.tell()),
+                        tasks.create_task(comparison.run()),
                         tasks.create_task(self._backlog.report(connection)),
                         tasks.create_task(stream.keep_watch()),
+                        tasks.create_task(self._history.watch(epoch)),
                     ]
-                    await self._publish(events, stream, stop)
+                    await self._publish(events, stream, epoch, stop)
                     for task in beside:
                         task.cancel()
             finally:
                 self._leads.set(0)
 
-    async def _publish(self, events: Outbox, stream: Stream, stop: asyncio.Event) -> None:
+    async def _publish(self, events: Outbox, stream: Stream, epoch: UUID, stop: asyncio.Event) -> None:
         acknowledged: list[int] = []
+        latest = _Latest()
         pause = _SHORTEST_PAUSE_SECONDS
         while True:
             # Killed before the deletion: the rows are read again, and published under the same message ids.
@@ -130,11 +151,40 @@ class Shard:
                 await asyncio.sleep(pause)
                 pause = min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
                 continue
+            check(epoch, chunk[0].log_epoch)
+            if suspicious := latest.contradicted_by(chunk):
+                await self._history.verify(epoch, suspicious)
             started = time.monotonic()
             stored = await stream.publish(chunk)
+            latest.note(stored)
             failpoint("relay.after_publish")
             acknowledged = [event.outbox_id for event in stored]
             pause = _SHORTEST_PAUSE_SECONDS
             _publish_seconds.labels(self._shard).inc(time.monotonic() - started)
             _published.labels(self._shard).inc(len(stored))
             _published_bytes.labels(self._shard).inc(sum(len(event.data) for event in stored))
+
+
+class _Latest:
+    """The latest event that a session published of each poll, for the polls that had one last."""
+
+    def __init__(self) -> None:
+        # Version and recorded_at.
+        self._events: OrderedDict[UUID, tuple[int, int]] = OrderedDict()
+
+    def contradicted_by(self, events: Sequence[OutboxEvent]) -> list[StreamedEvent]:
+        """Those of polls that now get a version that is not greater for a new event: the log may lack them."""
+        found = []
+        for event in events:
+            version, recorded_at = self._events.get(event.poll_id, (0, 0))
+            if event.version <= version and not event.again:
+                found.append(StreamedEvent(event.poll_id, EventHeaders(event.log_epoch, version, recorded_at)))
+        return found
+
+    def note(self, events: Sequence[OutboxEvent]) -> None:
+        for event in events:
+            if not event.again:
+                self._events[event.poll_id] = event.version, event.recorded_at
+                self._events.move_to_end(event.poll_id)
+        while len(self._events) > _REMEMBERED_POLLS:
+            self._events.popitem(last=False)

@@ -47,6 +47,10 @@ BEGIN
 END
 $$;
 
+-- Whether the row repeats an event that was published before, for readers that missed it: its age tells nothing of how long
+-- events wait.
+ALTER TABLE outbox ADD COLUMN again boolean NOT NULL DEFAULT false;
+
 DROP FUNCTION record_votes(integer, bigint, uuid[], bytea[], bytea);
 
 -- As in 0004, and returns the current epoch as well: with the version it names the event.

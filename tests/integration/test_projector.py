@@ -37,7 +37,7 @@ from projector.live import Live
 from projector.projection import Change, Displaced
 from projector.stream import Position
 from projector.views import Views
-from relay import repair
+from relay import comparison, repair
 from relay.__main__ import RelaySettings, relay
 from runtime.embedded import Stores
 from tests.event_log import EventLog, WrittenPoll, event_log
@@ -719,7 +719,7 @@ async def test_a_poll_that_goes_on_gets_all_that_came_while_it_stood_still(
 ) -> None:
     # What is asked for is published by threes; and the relay does not look at the stream's end, which they are then.
     monkeypatch.setattr(repair, "RANGE_EVENTS", 3)
-    monkeypatch.setattr(repair, "TAIL_CHECK_SECONDS", 1000)
+    monkeypatch.setattr(comparison, "LOOK_SECONDS", 1000)
     log = all_.log
     poll = await log.poll()
     for _ in range(9):
