@@ -156,31 +156,32 @@ def _decoded(path: Path, encoding: Encoding) -> Examined:
     """Decodes the whole file once. Raises _Undecodable."""
     decoder = codecs.getincrementaldecoder(encoding.codec)()
     sample, line, others = "", 1, False
-    # Bytes of the current line in the chunks before.
-    earlier = 0
+    # The bytes of the current line in the chunks before: how many, and the last of them.
+    earlier, recent = 0, b""
     with _content(path) as content:
         while True:
             chunk = content.read(_CHUNK)
             try:
                 text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                data, place = error.object, error.start
-                before, bad = data[:place], data[place : place + 1]
-                others |= not before.isascii() or _has_characters_of(encoding, content, data[place:])
-                line += before.count(b"\n")
-                in_line = before.rpartition(b"\n")[2]
                 # The decoder may have kept the beginning of a character in the chunk before.
-                kept = len(data) - len(chunk)
-                place = len(in_line) if in_line != before else earlier - kept + len(before)
-                rest = data[error.start + 1 : error.start + 1 + _SHOWN_WORD]
-                word = _WORD_END.split(in_line)[-1][-_SHOWN_WORD:] + bad + _WORD_END.split(rest)[0]
-                problem = f"{file_name(path)}: line {line}: not valid {encoding.told} at byte {place + 1}"
+                place = error.start - (len(error.object) - len(chunk))
+                before = chunk[: max(place, 0)]
+                in_line, number = before.rpartition(b"\n")[2], place - before.rfind(b"\n")
+                if b"\n" not in before:
+                    in_line, number = recent[: len(recent) + min(place, 0)] + before, earlier + place + 1
+                line += before.count(b"\n")
+                rest = error.object[error.start :] + content.read(_SHOWN_WORD)
+                others |= not before.isascii() or _has_characters_of(encoding, content, rest)
+                word = _WORD_END.split(in_line[-_SHOWN_WORD:])[-1] + rest[:1] + _WORD_END.split(rest[1:_SHOWN_WORD])[0]
+                problem = f"{file_name(path)}: line {line}: not valid {encoding.told} at byte {number}"
                 raise _Undecodable(problem, line, word.decode("cp1252", "replace"), others) from None
             if len(sample) < _SAMPLE_CHARACTERS:
                 sample += text[: _SAMPLE_CHARACTERS - len(sample)]
             line += text.count("\n")
             end = chunk.rfind(b"\n")
             earlier = earlier + len(chunk) if end < 0 else len(chunk) - end - 1
+            recent = (recent + chunk if end < 0 else chunk[end + 1 :])[-_SHOWN_WORD:]
             others |= not text.isascii()
             if not chunk:
                 return Examined(encoding, sample)
@@ -188,8 +189,9 @@ def _decoded(path: Path, encoding: Encoding) -> Examined:
 
 def _has_characters_of(encoding: Encoding, content: BinaryIO, chunk: bytes) -> bool:
     """Whether the rest of a file has characters beyond ASCII in this encoding."""
+    decoder = codecs.getincrementaldecoder(encoding.codec)("ignore")
     while chunk:
-        if not chunk.decode(encoding.codec, "ignore").isascii():
+        if not decoder.decode(chunk).isascii():
             return True
         chunk = content.read(_CHUNK)
     return False

@@ -5,10 +5,10 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, time
 from pathlib import Path
 from typing import Any
-from xml.etree.ElementTree import ParseError
 
 from clients.files import UnusableFile, file_name, workbook
 
@@ -26,21 +26,10 @@ class Workbook:
         """Raises UnusableFile."""
         # Here, for only those who have such a file wait for it.
         from openpyxl import load_workbook  # noqa: PLC0415
-        from openpyxl.utils.exceptions import InvalidFileException  # noqa: PLC0415
 
         self._path = path
-        self._damages = (
-            InvalidFileException,
-            zipfile.BadZipFile,
-            ParseError,
-            KeyError,
-            ValueError,
-            OSError,
-            TypeError,
-            OverflowError,
-        )
         self.content = workbook(path, _MOST_BYTES)
-        try:
+        with self._readable():
             with zipfile.ZipFile(io.BytesIO(self.content)) as archive:
                 unpacked = sum(part.file_size for part in archive.infolist())
             if unpacked > _MOST_UNPACKED_BYTES:
@@ -50,10 +39,8 @@ class Workbook:
                 warnings.simplefilter("ignore")
                 book = load_workbook(io.BytesIO(self.content), read_only=True, data_only=True)
             sheets = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible"]
-            if not sheets:
-                raise UnusableFile(f"{file_name(path)}: an Excel workbook without a worksheet; save it as CSV UTF-8")
-        except self._damages as error:
-            raise self._damaged(error) from None
+        if not sheets:
+            raise UnusableFile(f"{file_name(path)}: an Excel workbook without a worksheet; save it as CSV UTF-8")
         self._sheet = sheets[0]
         self.told = f"Excel worksheet {self._sheet.title!r}"
         if others := [repr(sheet.title) for sheet in sheets[1:]]:
@@ -61,22 +48,23 @@ class Workbook:
 
     def rows(self) -> Iterator[tuple[int, list[str]]]:
         """Each row that is not empty, with its number in Excel. Raises UnusableFile."""
-        try:
+        with self._readable():
             # What a program wrote about the size of the sheet may be wrong.
             self._sheet.reset_dimensions()
             for number, cells in enumerate(self._sheet.iter_rows(), 1):
                 row = [_text(cell) for cell in cells]
                 if any(row):
                     yield number, row
-        except self._damages as error:
-            raise self._damaged(error) from None
 
-    def _damaged(self, error: Exception) -> UnusableFile:
-        if isinstance(error, UnusableFile):
-            return error
-        return UnusableFile(
-            f"{file_name(self._path)}: not an Excel workbook that can be read ({error}); save it as CSV UTF-8"
-        )
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except UnusableFile:
+            raise
+        except Exception as error:  # noqa: BLE001 - openpyxl raises whatever a damaged part does to its code
+            problem = f"not an Excel workbook that can be read ({error}); save it as CSV UTF-8"
+            raise UnusableFile(f"{file_name(self._path)}: {problem}") from None
 
 
 def _text(cell: Any) -> str:
