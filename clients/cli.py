@@ -3,24 +3,35 @@
 import asyncio
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import aclosing, nullcontext
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.live import Live
-from rich.text import Text
 from tally.command.v1.command_service_pb2 import CastVoteRequest
-from tally.poll.v1.poll_pb2 import VotingMethod
+from tally.poll.v1.poll_pb2 import PollState
 from tally.query.v1.query_service_pb2 import (
     BatchGetResultsRequest,
     BatchGetResultsResponse,
     GetResultsRequest,
-    GetResultsResponse,
+    GetTurnoutResponse,
+    Poll,
+    Results,
 )
 
 from clients import dead_letters, polls
-from clients.charts import bar_chart, change_line, results_table
+from clients.charts import (
+    EXPORTED,
+    change_chart,
+    change_data,
+    change_line,
+    export,
+    results_data,
+    results_table,
+)
 from clients.connection import Address, QueryServer, command, find_address
 from clients.failures import Failure
 from clients.file_commands import import_file, register
@@ -28,24 +39,40 @@ from clients.history import turnout, votes
 from clients.idempotency import idempotency_key
 from clients.options import (
     DEFAULT_DATA_DIR,
+    POLL_HELP,
     CommandAddress,
     DataDir,
     Fresh,
+    ListOutputOption,
     OutputOption,
     PollId,
     QueryAddress,
     RetryFor,
 )
-from clients.output import Output, console, plain, print_fields, print_json, say, say_warnings
+from clients.output import (
+    ListOutput,
+    Output,
+    console,
+    one_line,
+    plain,
+    print_csv,
+    print_fields,
+    print_json,
+    say,
+    say_warnings,
+    shown,
+)
+from clients.poll_ids import find_poll, find_polls
 from clients.status import status
-from clients.watchers import voting_method
-from clients.watchers import watch as watch_results
+from clients.watchers import describe, watch_hidden
 from contracts.read_models import READ_MODELS
 
 _INTERRUPTED = 130
 _WRONG_USAGE = 2
 _SOME_MISSING = 3
 _POLLS_OF_A_QUESTION = 100
+# How many polls are described at once.
+_AT_ONCE = 20
 _SOME_PARKED = 3
 _CHART_INTERVAL = 0.1
 
@@ -77,7 +104,7 @@ def main() -> None:
         app()
     except Failure as failure:
         say(str(failure))
-        sys.exit(1)
+        sys.exit(failure.code)
 
 
 def _unreadable() -> str:
@@ -89,6 +116,21 @@ def _unreadable() -> str:
         if any("\ud800" <= c <= "\udfff" for c in text) and not os.path.lexists(text):
             return name
     return ""
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"tally {installed_version('tally-voting')}")
+        raise typer.Exit
+
+
+@app.callback()
+def tally(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version of Tally and exit.")
+    ] = False,
+) -> None:
+    """Tally: durable votes, exact counts, live results."""
 
 
 @app.command()
@@ -117,6 +159,7 @@ def vote(
         list[str], typer.Argument(metavar="OPTION...", help="The option's id; several in an approval poll.")
     ],
     command_address: CommandAddress = None,
+    query_address: QueryAddress = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     output: OutputOption = Output.TABLE,
 ) -> None:
@@ -125,6 +168,7 @@ def vote(
     Only a repeat by the same user on this machine, or with the same TALLY_IDEMPOTENCY_KEY, is told so; to any other
     caller a second vote is ALREADY_VOTED, whatever it chooses.
     """
+    poll = find_poll(poll, query_address, data_dir)
     request = CastVoteRequest(poll_id=poll, voter_id=voter, option_ids=options, idempotency_key=idempotency_key())
     address = find_address("command", command_address, data_dir)
     response = asyncio.run(command(address, lambda commands: commands.CastVote, request))
@@ -144,29 +188,32 @@ def vote(
 
 @app.command()
 def results(
-    poll: Annotated[list[str], typer.Argument(metavar="POLL...", help="Ids of polls, UUIDs.", show_default=False)],
+    poll: Annotated[list[str], typer.Argument(metavar="POLL...", help=POLL_HELP, show_default=False)],
     at_least_as_fresh: Fresh = "",
     query_address: QueryAddress = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
-    output: OutputOption = Output.TABLE,
+    output: ListOutputOption = ListOutput.TABLE,
 ) -> None:
     """Print the counts of a poll, or of several in one go.
+
+    A share is a part of all votes, or in an approval poll of all voters who voted; with weights, of all their weight.
 
     Of several polls, those that do not exist or hide their results are named on stderr (with --output json among the
     data), and the exit code is 3.
     """
     address = find_address("query", query_address, data_dir)
-    if len(poll) > 1:
-        if at_least_as_fresh:
-            raise typer.BadParameter("a token is for one poll", param_hint="--at-least-as-fresh")
-        _print_batch(asyncio.run(_batch(address, poll)), output)
+    if len(poll) > 1 and at_least_as_fresh:
+        raise typer.BadParameter("a token is for one poll", param_hint="--at-least-as-fresh")
+    polls = find_polls(poll, query_address, data_dir)
+    if len(polls) > 1:
+        _print_batch(*asyncio.run(_batch(address, polls)), output)
         return
-    request = GetResultsRequest(poll_id=poll[0], at_least_as_fresh=at_least_as_fresh)
-    response, method = asyncio.run(_results(address, request))
-    if output is Output.JSON:
-        print_json(plain(response))
+    request = GetResultsRequest(poll_id=polls[0], at_least_as_fresh=at_least_as_fresh)
+    counted, described = asyncio.run(_results(address, request))
+    if output is ListOutput.JSON:
+        print_json({"results": results_data(counted, described.method, described.title)})
     else:
-        console().print(results_table(response.results, method))
+        _print_results([(counted, described)], output)
 
 
 @app.command()
@@ -185,8 +232,9 @@ def watch(
     """Show the counts of a poll as they grow, until it is closed or cancelled or you press Ctrl-C (exit code 130).
 
     On a terminal this is a bar chart; elsewhere one line for each change, and with --output json one JSON object on
-    each line.
+    each line. While the poll hides its results, it shows how many have voted.
     """
+    poll = find_poll(poll, query_address, data_dir)
     address = find_address("query", query_address, data_dir)
     asyncio.run(_watch(address, poll, min_interval, at_least_as_fresh, retry_for, output))
 
@@ -270,58 +318,85 @@ def _rounded(value: object) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-async def _results(address: Address, request: GetResultsRequest) -> tuple[GetResultsResponse, "VotingMethod.ValueType"]:
+async def _results(address: Address, request: GetResultsRequest) -> tuple[Results, Poll]:
     async with QueryServer(address) as queries:
         response = await queries.call(queries.stub.GetResults, request)
-        return response, await voting_method(queries, request.poll_id)
+        return response.results, await describe(queries, request.poll_id)
 
 
-async def _batch(address: Address, poll_ids: list[str]) -> BatchGetResultsResponse:
+async def _batch(address: Address, poll_ids: list[str]) -> tuple[BatchGetResultsResponse, list[Poll]]:
+    """The results of several polls, and what is known of each poll that has some."""
     found = BatchGetResultsResponse()
+    described: list[Poll] = []
     async with QueryServer(address) as queries:
         for start in range(0, len(poll_ids), _POLLS_OF_A_QUESTION):
             request = BatchGetResultsRequest(poll_ids=poll_ids[start : start + _POLLS_OF_A_QUESTION])
             found.MergeFrom(await queries.call(queries.stub.BatchGetResults, request))
-    return found
+        for start in range(0, len(found.results), _AT_ONCE):
+            some = found.results[start : start + _AT_ONCE]
+            described += await asyncio.gather(*(describe(queries, results.poll_id) for results in some))
+    return found, described
 
 
-def _print_batch(found: BatchGetResultsResponse, output: Output) -> None:
-    if output is Output.JSON:
-        print_json(plain(found))
+def _print_batch(found: BatchGetResultsResponse, described: Sequence[Poll], output: ListOutput) -> None:
+    pairs = list(zip(found.results, described, strict=True))
+    if output is ListOutput.JSON:
+        results = [results_data(counted, poll.method, poll.title) for counted, poll in pairs]
+        print_json({**plain(found), "results": results})
     else:
-        for results in found.results:
-            console().print(Text(results.poll_id, style="bold"))
-            console().print(results_table(results, VotingMethod.VOTING_METHOD_UNSPECIFIED))
+        _print_results(pairs, output)
         for poll_id in found.missing_poll_ids:
             say(f"there is no poll {poll_id}")
         for poll_id in found.hidden_poll_ids:
-            say(f"poll {poll_id} shows its results only after it has been closed")
+            say(f"poll {poll_id} shows its results only after it has been closed; see tally turnout {poll_id}")
     if found.missing_poll_ids or found.hidden_poll_ids:
         sys.exit(_SOME_MISSING)
+
+
+def _print_results(polls: Sequence[tuple[Results, Poll]], output: ListOutput) -> None:
+    if output is ListOutput.CSV:
+        print_csv(EXPORTED, (row for counted, poll in polls for row in export(counted, poll.method)))
+        return
+    for counted, poll in polls:
+        console().print(shown(poll.title, "bold"), shown(counted.poll_id, "dim"), sep="\n")
+        console().print(results_table(counted, poll.method))
 
 
 async def _watch(
     address: Address, poll_id: str, min_interval: float | None, token: str, retry_for: float, output: Output
 ) -> None:
     terminal = console()
-    chart = Live(console=terminal, auto_refresh=False)
+    screen = Live(console=terminal, auto_refresh=False)
     as_chart = terminal.is_terminal and output is Output.TABLE
+    as_lines = not terminal.is_terminal and output is Output.TABLE
     if min_interval is None and as_chart:
         min_interval = _CHART_INTERVAL
     async with QueryServer(address) as queries:
-        changes = watch_results(
+        changes = watch_hidden(
             queries, poll_id, min_interval=min_interval, at_least_as_fresh=token, retry_for=retry_for, on_lost=say
         )
-        method = await voting_method(queries, poll_id) if as_chart else VotingMethod.VOTING_METHOD_UNSPECIFIED
+        poll: Poll | None = None
+        cancelled = False
         async with aclosing(changes):
-            with chart if as_chart else nullcontext():
-                async for counts in changes:
+            with screen if as_chart else nullcontext():
+                async for seen in changes:
+                    # A draft can still become another one.
+                    if poll is None or poll.state == PollState.POLL_STATE_DRAFT:
+                        named = poll.title if poll else ""
+                        shows = seen.consistency_token if isinstance(seen, Results) else token
+                        poll = await describe(queries, poll_id, shows)
+                        if as_lines and poll.title != named:
+                            print(f"{one_line(poll.title)} ({poll_id})", flush=True)
                     if output is Output.JSON:
-                        print_json(plain(counts), one_line=True)
-                    elif as_chart:
-                        chart.update(bar_chart(counts, method, terminal.height - 2), refresh=True)
+                        print_json(change_data(seen, poll), one_line=True)
+                    elif as_lines:
+                        print(change_line(seen), flush=True)
                     else:
-                        print(change_line(counts), flush=True)
+                        chart = change_chart(seen, poll.method, terminal.height - 2, poll.title)
+                        screen.update(chart, refresh=True)
+                    cancelled = isinstance(seen, GetTurnoutResponse)
+        if cancelled:
+            say("the poll was cancelled; its counts stay hidden")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,30 @@ _OPTIONS = [
     # A proxy for the web is not meant for these servers.
     ("grpc.enable_http_proxy", 0),
 ]
+
+# What a message calls by the name of an RPC, and people by that of a command.
+_COMMANDS = {
+    "CreatePoll": "tally poll create",
+    "UpdatePoll": "tally poll update",
+    "OpenPoll": "tally poll open",
+    "ClosePoll": "tally poll close",
+    "CancelPoll": "tally poll cancel",
+    "CertifyPoll": "tally poll certify",
+    "RegisterVoters": "tally register",
+    "CastVote": "tally vote",
+    "CastVotes": "tally import",
+    "GetPoll": "tally poll show",
+    "ListPolls": "tally poll list",
+    "GetPollDocument": "tally poll document",
+    "GetResults": "tally results",
+    "BatchGetResults": "tally results",
+    "WatchResults": "tally watch",
+    "GetTurnout": "tally turnout",
+    "ListVoterVotes": "tally votes",
+    "GetVote": "tally votes",
+    "GetReadModelStatus": "tally status",
+}
+_RPC = re.compile(r"\b(" + "|".join(_COMMANDS) + r")\b")
 
 # With one of these reasons, or none and one of these codes, the same request may succeed later, and is safe to repeat.
 _TRANSIENT_REASONS = {"OVERLOADED", "STORE_UNAVAILABLE", "READ_MODEL_BEHIND", "LOCKED"}
@@ -155,6 +180,7 @@ class Server:
         text = "; ".join([text, *(v for v in violations if v not in text)])
         if retry:
             text += f" (try again in {retry.retry_delay.ToTimedelta().total_seconds():g} s)"
+        text = _RPC.sub(lambda rpc: _COMMANDS[rpc[0]], text)
         return Refused(" ".join(text.split()), reason)
 
     def _silent(self) -> Refused:

@@ -8,11 +8,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from clients.failures import Failure
-from clients.options import DEFAULT_DATA_DIR, DataDir, NatsUrl, OutputOption, ReadDsn, RedisUrl
-from clients.output import Output, console, print_fields, print_json, say, shown
+from clients.listings import Column, Listing
+from clients.options import (
+    DEFAULT_DATA_DIR,
+    POLL_HELP,
+    DataDir,
+    ListOutputOption,
+    NatsUrl,
+    OutputOption,
+    PollId,
+    ReadDsn,
+    RedisUrl,
+)
+from clients.output import ListOutput, Output, console, print_csv, print_fields, print_json, say, shown
+from clients.poll_ids import find_among
 from contracts.dead_letters import DeadLetter
 from contracts.read_models import READ_MODELS
 
@@ -23,7 +34,17 @@ app = typer.Typer(
 
 _PARKED_AGAIN = 3
 
-Polls = Annotated[list[str] | None, typer.Argument(metavar="[POLL]...", help="The polls' ids.", show_default=False)]
+Polls = Annotated[list[str] | None, typer.Argument(metavar="[POLL]...", help=POLL_HELP, show_default=False)]
+_COLUMNS = (
+    *(Column("read model"), Column("poll_id"), Column("version", right=True), Column("waiting", right=True)),
+    *(Column("event", folds=True), Column("since"), Column("error", folds=True)),
+)
+_OUTCOME_COLUMNS = (
+    *(Column("read model"), Column("poll_id"), Column("version", right=True)),
+    Column("outcome", folds=True),
+)
+# The fields of a dead letter that a row has room for.
+_EXPORTED = ("read_model", "poll_id", "version", "waiting", "stream_sequence", "event_type", "first_seen", "error")
 
 
 @app.command("list")
@@ -31,7 +52,7 @@ def list_letters(
     read_dsn: ReadDsn = None,
     redis_url: RedisUrl = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
-    output: OutputOption = Output.TABLE,
+    output: ListOutputOption = ListOutput.TABLE,
 ) -> None:
     """List the events at which polls stand still, by read model.
 
@@ -41,21 +62,27 @@ def list_letters(
 
     found, unanswered = asyncio.run(letters.read_all(_stores(read_dsn, redis_url, data_dir)))
     rows = [(name, letter) for name, kept in found.items() for letter in kept]
-    if output is Output.JSON:
-        print_json({"dead_letters": [_data(name, letter) for name, letter in rows], "unanswered": unanswered})
-    else:
-        table = Table("read model", "poll_id", "version", "waiting", "event", "since", "error")
-        for name, letter in rows:
-            since = f"{letter.first_seen:%Y-%m-%d %H:%M:%SZ}"
-            numbers = f"{letter.version:,}", f"{letter.waiting:,}"
-            table.add_row(name, letter.poll_id, *numbers, shown(letter.event_type), since, shown(letter.error))
-        console().print(table)
+    data = [_data(name, letter) for name, letter in rows]
+    match output:
+        case ListOutput.JSON:
+            print_json({"dead_letters": data, "unanswered": unanswered})
+        case ListOutput.CSV:
+            print_csv(_EXPORTED, ([letter[field] for field in _EXPORTED] for letter in data))
+        case ListOutput.TABLE:
+            cells = [
+                (
+                    *(name, letter.poll_id, f"{letter.version:,}", f"{letter.waiting:,}"),
+                    *(shown(letter.event_type), f"{letter.first_seen:%Y-%m-%d %H:%M:%SZ}", shown(letter.error)),
+                )
+                for name, letter in rows
+            ]
+            console().print(Listing(_COLUMNS, cells))
     _complain(unanswered)
 
 
 @app.command()
 def show(
-    poll: Annotated[str, typer.Argument(metavar="POLL", help="The poll's id, a UUID.", show_default=False)],
+    poll: PollId,
     read_dsn: ReadDsn = None,
     redis_url: RedisUrl = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
@@ -68,7 +95,8 @@ def show(
     from clients import letters  # noqa: PLC0415 - as above
 
     found, unanswered = asyncio.run(letters.read_all(_stores(read_dsn, redis_url, data_dir)))
-    rows = [(name, letter) for name, kept in found.items() for letter in kept if letter.poll_id == poll.lower()]
+    [poll] = find_among([poll], [letter.poll_id for kept in found.values() for letter in kept])
+    rows = [(name, letter) for name, kept in found.items() for letter in kept if letter.poll_id == poll]
     if output is Output.JSON:
         print_json({"dead_letters": [_data(name, letter) for name, letter in rows], "unanswered": unanswered})
     for name, letter in rows if output is Output.TABLE else ():
@@ -104,20 +132,16 @@ def replay(
 
     stores = _stores(read_dsn, redis_url, data_dir)
     nats = find_store("TALLY_NATS_URL", nats_url, data_dir)
-    wanted = {poll.lower() for poll in polls} if polls else None
-    outcome = asyncio.run(letters.replay(stores, nats, wanted, wait))
+    outcome = asyncio.run(letters.replay(stores, nats, polls, wait))
     if output is Output.JSON:
         states = {"applied": outcome.applied, "parked_again": outcome.parked_again, "untried": outcome.untried}
         print_json({state: [_data(*row) for row in rows] for state, rows in states.items()})
     else:
-        table = Table("read model", "poll_id", "version", "outcome")
-        for name, letter in outcome.applied:
-            table.add_row(name, letter.poll_id, f"{letter.version:,}", "goes on")
-        for name, letter in outcome.parked_again:
-            table.add_row(name, letter.poll_id, f"{letter.version:,}", shown(f"parked again: {letter.error}"))
-        for name, letter in outcome.untried:
-            table.add_row(name, letter.poll_id, f"{letter.version:,}", "not tried")
-        console().print(table)
+        told = [(row, "goes on") for row in outcome.applied]
+        told += [(row, f"parked again: {row[1].error}") for row in outcome.parked_again]
+        told += [(row, "not tried") for row in outcome.untried]
+        cells = [(name, letter.poll_id, f"{letter.version:,}", shown(text)) for (name, letter), text in told]
+        console().print(Listing(_OUTCOME_COLUMNS, cells))
     if outcome.untried:
         raise Failure("not every projector tried in time: are the relay and the projectors running?")
     if outcome.parked_again:

@@ -28,6 +28,7 @@ from clients.options import (
     read_by,
 )
 from clients.output import Output, console, plain, print_fields, print_json, say, shown
+from clients.poll_ids import find_poll
 from clients.progress import Progress
 from clients.registering import Registration
 from clients.sheets import DELIMITERS
@@ -117,7 +118,8 @@ def import_file(
         bool, typer.Option("--results-after-close", help="Create a poll whose counts are hidden until it is closed.")
     ] = False,
     poll: Annotated[
-        str | None, typer.Option(metavar="ID", help="Cast into this poll instead of creating one.", show_default=False)
+        str | None,
+        typer.Option(metavar="POLL", help="Cast into this poll instead of creating one.", show_default=False),
     ] = None,
     new_poll: Annotated[
         bool, typer.Option("--new-poll", help="Create another poll even where the file was imported before.")
@@ -154,6 +156,7 @@ def import_file(
         raise typer.BadParameter("give either --title, for a new poll, or --poll, to go on with one")
     if poll and results_after_close:
         raise typer.BadParameter("--results-after-close is for a new poll; the one that is there stays as it is")
+    poll = poll and find_poll(poll, query_address, data_dir)
     addresses = find_address("command", command_address, data_dir), find_address("query", query_address, data_dir)
     ballots = BallotFile(
         file,
@@ -239,6 +242,7 @@ def register(
     yes: Yes = False,
     retry_for: RetryFor = 60.0,
     command_address: CommandAddress = None,
+    query_address: QueryAddress = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     output: OutputOption = Output.TABLE,
 ) -> None:
@@ -257,6 +261,7 @@ def register(
     """
     if weight_column and not voter_column:
         raise typer.BadParameter("--weight-column needs --voter-column")
+    poll = find_poll(poll, query_address, data_dir)
     address = find_address("command", command_address, data_dir)
     roll = RollFile(file, voter_column, weight_column, fold_case, not no_header, encoding, delimiter)
     survey = roll.survey()

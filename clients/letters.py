@@ -1,12 +1,13 @@
 """Where read models keep their dead letters, and how another attempt at one is asked for."""
 
 import asyncio
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from uuid import UUID
 
 from clients.databases import FAILURES, reason
 from clients.failures import Failure
+from clients.poll_ids import find_among
 from contracts.bus import REPUBLISH, republish_request
 from contracts.dead_letters import DeadLetter
 from projector.__main__ import KINDS
@@ -41,15 +42,17 @@ async def read_all(stores: Mapping[str, str]) -> tuple[dict[str, list[DeadLetter
     return found, unanswered
 
 
-async def replay(stores: Mapping[str, str], nats_url: str, polls: Set[str] | None, seconds: float) -> Outcome:
-    """Has the polls (None: all) published again from where they stand still, and sees for so long what comes of it.
+async def replay(stores: Mapping[str, str], nats_url: str, polls: Sequence[str] | None, seconds: float) -> Outcome:
+    """Has polls published again from where they stand still, and waits up to `seconds` for what comes of it.
 
-    Raises Failure where a store or NATS does not answer, and where one of the polls does not stand still.
+    `polls` are ids or what they begin with; None: all. Raises Failure where a store or NATS does not answer, and where
+    one of the polls does not stand still.
     """
     before = await _parked(stores)
     if polls is not None:
-        before = {key: letter for key, letter in before.items() if letter.poll_id in polls}
-        if missing := polls - {letter.poll_id for letter in before.values()}:
+        wanted = find_among(polls, [letter.poll_id for letter in before.values()])
+        before = {key: letter for key, letter in before.items() if letter.poll_id in wanted}
+        if missing := set(wanted) - {letter.poll_id for letter in before.values()}:
             raise Failure(f"no read model stands still at an event of poll {min(missing)}")
     waiting, now = dict(before), before
     loop = asyncio.get_running_loop()

@@ -6,7 +6,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from clients.output import Output
+from clients.output import ListOutput, Output
 
 ValueT = TypeVar("ValueT")
 
@@ -42,11 +42,21 @@ QueryAddress = Annotated[
 DataDir = Annotated[Path, typer.Option(help="Where a `tally up` on this machine keeps its data and its run.json.")]
 DEFAULT_DATA_DIR = Path(".tally")
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Text for people or JSON for programs.")]
+ListOutputOption = Annotated[
+    ListOutput,
+    typer.Option(
+        "--output",
+        "-o",
+        help="Text for people, JSON for programs, or CSV for spreadsheets, in which a text that would be a formula"
+        " begins with an apostrophe.",
+    ),
+]
 Fresh = Annotated[
     str,
     typer.Option(metavar="TOKEN", help="A consistency_token: wait until that command's effect can be seen."),
 ]
-PollId = Annotated[str, typer.Argument(metavar="POLL", help="The poll's id, a UUID.", show_default=False)]
+POLL_HELP = "The poll's id, or its beginning: 4 characters or more that no other poll's id begins with."
+PollId = Annotated[str, typer.Argument(metavar="POLL", help=POLL_HELP, show_default=False)]
 RetryFor = Annotated[float, typer.Option(metavar="SECONDS", min=0, help="How long to retry a lost connection.")]
 ReadDsn = Annotated[
     str | None,

@@ -1,8 +1,11 @@
 """What the command line prints: data on stdout, as text or as JSON, and what it says about its work on stderr."""
 
+import csv
 import json
 import logging
+import re
 import sys
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -11,8 +14,9 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+
+from clients.listings import Fields
 
 # Into a file or a pipe nothing is cut to the width of a screen that is not there.
 _UNBOUNDED = 10_000
@@ -25,6 +29,20 @@ class Output(StrEnum):
 
     TABLE = "table"
     JSON = "json"
+
+
+class ListOutput(StrEnum):
+    """How a command prints data that are rows."""
+
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+
+
+# What a spreadsheet takes for a formula: labels and titles are other people's words. Plain numbers are none.
+_FORMULA = re.compile(r"(?![+-]?[\d.,]+$)[=+\-@\t\r]")
+# Joiners within words and emoji, which are not printable by themselves and cannot take a terminal over.
+_JOINERS = "\u200c\u200d"
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -51,10 +69,19 @@ def print_json(data: dict[str, Any], *, one_line: bool = False) -> None:
 
 def print_fields(fields: dict[str, str]) -> None:
     """Prints names and values, one pair a line."""
-    grid = Table.grid(padding=(0, 2))
-    for name, value in fields.items():
-        grid.add_row(Text(name, style="dim"), shown(value))
-    console().print(grid)
+    console().print(Fields({name: shown(value) for name, value in fields.items()}))
+
+
+def print_csv(names: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Prints rows below a header: numbers without separators, times in UTC, empty where there is no value.
+
+    A text that a spreadsheet would run as a formula gets an apostrophe in front.
+    """
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(names)
+    for row in rows:
+        writer.writerow(f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell for cell in row)
+    sys.stdout.flush()
 
 
 def say(text: str) -> None:
@@ -72,7 +99,13 @@ def say_warnings() -> None:
 
 def shown(text: str, style: str = "") -> Text:
     """Somebody else's words, without the control characters with which they could take the terminal over."""
-    return Text("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text), style=style, overflow="fold")
+    kept = "".join(c if c.isprintable() or c == "\n" or c in _JOINERS else "\ufffd" for c in text)
+    return Text(kept, style=style, overflow="fold")
+
+
+def one_line(text: str) -> str:
+    """Somebody else's words in one line."""
+    return " ".join(shown(text).plain.split())
 
 
 def _complete(descriptor: Any, data: dict[str, Any]) -> None:

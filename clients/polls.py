@@ -7,12 +7,11 @@ import uuid
 from collections.abc import Mapping
 from contextlib import aclosing
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
-from rich.table import Table
 from tally.command.v1.command_service_pb2 import (
     CancelPollRequest,
     CancelPollResponse,
@@ -38,26 +37,31 @@ from tally.query.v1.query_service_pb2 import (
 )
 
 from clients import specs
-from clients.charts import disagreement, results_table, state_name
+from clients.charts import disagreement, results_data, results_table, state_name
 from clients.connection import Address, CommandServer, QueryServer, Refused, command, find_address, not_opened, query
+from clients.listings import Column, Listing
 from clients.options import (
     DEFAULT_DATA_DIR,
     CommandAddress,
     DataDir,
     Fresh,
+    ListOutputOption,
     OutputOption,
     PollId,
     QueryAddress,
     RetryFor,
 )
-from clients.output import Output, console, plain, print_fields, print_json, say, shown
-from clients.watchers import voting_method, watch
+from clients.output import ListOutput, Output, console, plain, print_csv, print_fields, print_json, say, shown
+from clients.poll_ids import find_poll
+from clients.watchers import describe, watch
 
 app = typer.Typer(no_args_is_help=True, help="Create, change, open, close, certify and look at polls.")
 
 # A page stays well within what one answer may have, also where polls have many options.
 _PAGE = 100
 _NO_AGREEMENT = 4
+_TIMES: Final = ("created_at", "opens_at", "opened_at", "closes_at", "closed_at")
+_EXPORTED = ("poll_id", "state", "options", *_TIMES, "title")
 _STATES = ("draft", "open", "closed", "certified", "cancelled")
 
 
@@ -117,6 +121,7 @@ def update(
     closes_at: specs.ClosesAt = None,
     no_closes_at: Annotated[bool, typer.Option("--no-closes-at", help="It closes when it is told to.")] = False,
     command_address: CommandAddress = None,
+    query_address: QueryAddress = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     output: OutputOption = Output.TABLE,
 ) -> None:
@@ -138,6 +143,7 @@ def update(
     cleared = [name for name, clear in (("opens_at", no_opens_at), ("closes_at", no_closes_at)) if clear]
     if not fields and not cleared:
         raise typer.BadParameter("give what to change, such as --title")
+    poll = find_poll(poll, query_address, data_dir)
     request = UpdatePollRequest(
         request_id=str(uuid.uuid4()),
         poll_id=poll,
@@ -153,10 +159,12 @@ def update(
 def open_poll(
     poll: PollId,
     command_address: CommandAddress = None,
+    query_address: QueryAddress = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Let a poll take votes."""
+    poll = find_poll(poll, query_address, data_dir)
     request = OpenPollRequest(request_id=str(uuid.uuid4()), poll_id=poll)
     address = find_address("command", command_address, data_dir)
     response = asyncio.run(command(address, lambda commands: commands.OpenPoll, request))
@@ -167,10 +175,12 @@ def open_poll(
 def close(
     poll: PollId,
     command_address: CommandAddress = None,
+    query_address: QueryAddress = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """End a poll for good: no vote is accepted after it, and it cannot be opened again."""
+    poll = find_poll(poll, query_address, data_dir)
     request = ClosePollRequest(request_id=str(uuid.uuid4()), poll_id=poll)
     address = find_address("command", command_address, data_dir)
     response = asyncio.run(command(address, lambda commands: commands.ClosePoll, request))
@@ -181,10 +191,12 @@ def close(
 def cancel(
     poll: PollId,
     command_address: CommandAddress = None,
+    query_address: QueryAddress = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Give a poll up for good, draft or open: no vote is accepted after it, and its counts decide nothing."""
+    poll = find_poll(poll, query_address, data_dir)
     request = CancelPollRequest(request_id=str(uuid.uuid4()), poll_id=poll)
     address = find_address("command", command_address, data_dir)
     response = asyncio.run(command(address, lambda commands: commands.CancelPoll, request))
@@ -210,6 +222,7 @@ def certify(
     Exit code: 0 if the recount agreed (with --no-wait: if it was asked for), 4 if it did not agree, 1 after an error,
     2 for wrong usage, 130 if interrupted.
     """
+    poll = find_poll(poll, query_address, data_dir)
     address = find_address("command", command_address, data_dir)
     # Found before anything is asked for.
     readers = find_address("query", query_address, data_dir) if wait else None
@@ -218,11 +231,11 @@ def certify(
     if readers is None:
         _print_change(poll, "CLOSED", response, output)
         return
-    counted, method = asyncio.run(_recounted(readers, poll, response.consistency_token, retry_for))
+    counted, described = asyncio.run(_recounted(readers, poll, response.consistency_token, retry_for))
     if output is Output.JSON:
-        print_json({"results": plain(counted)})
+        print_json({"results": results_data(counted, described.method, described.title)})
     else:
-        console().print(results_table(counted, method))
+        console().print(shown(described.title, "bold"), results_table(counted, described.method), sep="\n")
     if disagreement(counted):
         sys.exit(_NO_AGREEMENT)
 
@@ -233,9 +246,9 @@ def list_polls(
     limit: Annotated[int, typer.Option(min=1, help="The most polls to print, newest first.")] = 50,
     query_address: QueryAddress = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
-    output: OutputOption = Output.TABLE,
+    output: ListOutputOption = ListOutput.TABLE,
 ) -> None:
-    """List polls, newest first."""
+    """List polls, newest first. Times are UTC."""
     wanted = PollState.POLL_STATE_UNSPECIFIED
     if state is not None:
         if state.lower() not in _STATES:
@@ -244,20 +257,27 @@ def list_polls(
             )
         wanted = PollState.Value(f"POLL_STATE_{state.upper()}")
     response = asyncio.run(_list(find_address("query", query_address, data_dir), wanted, limit))
-    if output is Output.JSON:
-        print_json(plain(response))
-        return
-    table = Table("poll_id", "state", "options", "created", "next", "title")
-    for poll in response.polls:
-        table.add_row(
-            poll.poll_id,
-            state_name(poll.state),
-            f"{len(poll.options):,}",
-            _second(poll.created_at),
-            _next(poll),
-            shown(poll.title),
-        )
-    console().print(table)
+    match output:
+        case ListOutput.JSON:
+            # It says itself whether there are more.
+            print_json(plain(response))
+            return
+        case ListOutput.CSV:
+            print_csv(_EXPORTED, map(_export, response.polls))
+        case ListOutput.TABLE:
+            columns = [Column("poll_id"), Column("state"), Column("options", right=True), Column("created")]
+            rows = [
+                (
+                    poll.poll_id,
+                    state_name(poll.state),
+                    f"{len(poll.options):,}",
+                    _second(poll.created_at),
+                    _next(poll),
+                    shown(poll.title),
+                )
+                for poll in response.polls
+            ]
+            console().print(Listing([*columns, Column("next", folds=True), Column("title", folds=True)], rows))
     if response.next_page_token:
         say(f"there are more than {limit:,} polls; see --limit")
 
@@ -271,6 +291,7 @@ def show(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Show a poll and its options."""
+    poll = find_poll(poll, query_address, data_dir)
     request = GetPollRequest(poll_id=poll, at_least_as_fresh=at_least_as_fresh)
     address = find_address("query", query_address, data_dir)
     response = asyncio.run(query(address, lambda queries: queries.GetPoll, request))
@@ -278,10 +299,8 @@ def show(
         print_json(plain(response))
         return
     print_fields(_fields(response.poll))
-    table = Table("option_id", "label")
-    for option in response.poll.options:
-        table.add_row(shown(option.option_id), shown(option.label))
-    console().print(table)
+    rows = [(shown(option.option_id), shown(option.label)) for option in response.poll.options]
+    console().print(Listing([Column("option_id", folds=True), Column("label", folds=True)], rows))
 
 
 @app.command()
@@ -293,6 +312,7 @@ def document(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Show a poll whole, with its counts, turnout and outcome; with --output json as the document that it is."""
+    poll = find_poll(poll, query_address, data_dir)
     request = GetPollDocumentRequest(poll_id=poll, at_least_as_fresh=at_least_as_fresh)
     address = find_address("query", query_address, data_dir)
     response = asyncio.run(query(address, lambda queries: queries.GetPollDocument, request))
@@ -302,21 +322,17 @@ def document(
         return
     options = content.pop("options")
     print_fields({name: value if isinstance(value, str) else json.dumps(value) for name, value in content.items()})
-    table = Table("option_id", "label", "count")
-    for option in options:
-        table.add_row(
-            shown(option["option_id"]), shown(option["label"]), f"{option['count']:,}" if "count" in option else ""
-        )
-    console().print(table)
+    rows = [
+        (shown(option["option_id"]), shown(option["label"]), f"{option['count']:,}" if "count" in option else "")
+        for option in options
+    ]
+    columns = [Column("option_id", folds=True), Column("label", folds=True), Column("count", right=True)]
+    console().print(Listing(columns, rows))
 
 
 def _fields(poll: Poll) -> dict[str, str]:
     texts = {"poll_id": poll.poll_id, "title": poll.title, "description": poll.description}
-    moments = {
-        name: getattr(poll, name).ToJsonString()
-        for name in ("created_at", "opens_at", "opened_at", "closes_at", "closed_at")
-        if poll.HasField(name)
-    }
+    moments = {name: getattr(poll, name).ToJsonString() for name in _TIMES if poll.HasField(name)}
     return {
         **{name: value for name, value in texts.items() if value},
         "state": state_name(poll.state),
@@ -327,6 +343,12 @@ def _fields(poll: Poll) -> dict[str, str]:
         "results": ResultsVisibility.Name(poll.results_visibility).removeprefix("RESULTS_VISIBILITY_"),
         **moments,
     }
+
+
+def _export(poll: Poll) -> tuple[object, ...]:
+    """The poll's fields that _EXPORTED names."""
+    times = [getattr(poll, name).ToJsonString() if poll.HasField(name) else None for name in _TIMES]
+    return (poll.poll_id, state_name(poll.state), len(poll.options), *times, poll.title)
 
 
 def _method(poll: Poll) -> str:
@@ -383,10 +405,8 @@ async def _create(address: Address, spec: PollSpec, *, opened: bool) -> CreatePo
         return response
 
 
-async def _recounted(
-    address: Address, poll_id: str, token: str, retry_for: float
-) -> tuple[Results, "VotingMethod.ValueType"]:
-    """The results with the outcome of the recount that was asked for, and the poll's method."""
+async def _recounted(address: Address, poll_id: str, token: str, retry_for: float) -> tuple[Results, Poll]:
+    """The results with the outcome of the recount that was asked for, and what is known of the poll."""
 
     def has_outcome(results: Results) -> bool:
         # The outcome is the latest event; before it comes, what is shown is that of a recount before this one.
@@ -396,7 +416,7 @@ async def _recounted(
         changes = watch(queries, poll_id, at_least_as_fresh=token, retry_for=retry_for, on_lost=say, until=has_outcome)
         async with aclosing(changes):
             *_, outcome = [results async for results in changes]
-        return outcome, await voting_method(queries, poll_id)
+        return outcome, await describe(queries, poll_id)
 
 
 async def _list(address: Address, state: "PollState.ValueType", limit: int) -> ListPollsResponse:

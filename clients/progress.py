@@ -11,7 +11,7 @@ from rich.text import Text
 from tally.poll.v1.poll_pb2 import VotingMethod
 from tally.query.v1.query_service_pb2 import Results
 
-from clients.charts import bar_chart, change_line
+from clients.charts import change_chart, change_line
 from clients.output import console, say, shown
 
 _LINE_EVERY = 1.0
@@ -97,5 +97,5 @@ class Progress:
         if self._trouble:
             parts.append(Text(self._trouble, style="yellow"))
         if self._results:
-            parts.append(bar_chart(self._results, self._method, min(_CHART_ROWS, self._console.height - 4)))
+            parts.append(change_chart(self._results, self._method, min(_CHART_ROWS, self._console.height - 4)))
         return Group(*parts)

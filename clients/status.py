@@ -11,7 +11,6 @@ import typer
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 from tally.query.v1.query_service_pb2 import (
     GetReadModelStatusRequest,
@@ -23,6 +22,7 @@ from tally.query.v1.query_service_pb2 import (
 )
 
 from clients.connection import Address, QueryServer, find_address
+from clients.listings import Column, Fields, Listing
 from clients.options import DEFAULT_DATA_DIR, DataDir, OutputOption, QueryAddress, RetryFor
 from clients.output import Output, console, plain, print_json, say, shown
 from contracts.status import age, is_fresh
@@ -82,7 +82,7 @@ async def _watch(address: Address, max_behind: float, retry_for: float, output: 
                 elif as_screen:
                     live.update(_screen(answer, troubles), refresh=True)
                 else:
-                    print(time.strftime("%H:%M:%S"), "; ".join(troubles) or "all is well", flush=True)
+                    print(time.strftime("%H:%M:%SZ", time.gmtime()), "; ".join(troubles) or "all is well", flush=True)
                 await asyncio.sleep(1.0)
 
 
@@ -133,13 +133,15 @@ def _data(answer: GetReadModelStatusResponse, troubles: list[str]) -> dict[str, 
 
 def _screen(answer: GetReadModelStatusResponse, troubles: list[str]) -> RenderableType:
     at = answer.answered_at
-    models = Table(box=None, pad_edge=False, header_style="dim")
-    for number, column in enumerate(
-        ("read model", "state", "version", "events behind", "seconds behind", "parked", "gapped", "heard", "last error")
-    ):
-        models.add_column(column, justify="right" if 2 <= number <= 7 else "left", overflow="fold")
-    for model in answer.read_models:
-        models.add_row(
+    numbers = ("version", "events behind", "seconds behind", "parked", "gapped", "heard")
+    columns = [
+        Column("read model"),
+        Column("state"),
+        *(Column(name, right=True) for name in numbers),
+        Column("last error", folds=True),
+    ]
+    rows = [
+        (
             shown(model.name),
             ReadModelState.Name(model.state).removeprefix("READ_MODEL_STATE_").lower(),
             _figure(model, "version"),
@@ -150,16 +152,15 @@ def _screen(answer: GetReadModelStatusResponse, troubles: list[str]) -> Renderab
             _ago(model.reported_at, at),
             shown(f"{model.last_error}, {_ago(model.last_error_at, at)}" if model.last_error else ""),
         )
-    way = Table.grid(padding=(0, 2))
-    for shard in answer.outbox:
-        way.add_row(Text(f"outbox {shard.shard}" if shard.shards > 1 else "outbox", style="dim"), _waiting(shard, at))
-    if not answer.outbox:
-        way.add_row(Text("outbox", style="dim"), _UNKNOWN)
-    way.add_row(
-        Text("stream", style="dim"), _stream(answer.stream, at) if answer.HasField("stream") else Text(_UNKNOWN)
-    )
+        for model in answer.read_models
+    ]
+    way: dict[str, str | Text] = {
+        f"outbox {shard.shard}" if shard.shards > 1 else "outbox": _waiting(shard, at) for shard in answer.outbox
+    }
+    way = way or {"outbox": _UNKNOWN}
+    way["stream"] = _stream(answer.stream, at) if answer.HasField("stream") else _UNKNOWN
     verdict = [shown(trouble, style="yellow") for trouble in troubles] or [Text("all is well", style="green")]
-    return Group(models, Text(), way, Text(), *verdict)
+    return Group(Listing(columns, rows, borders=False), Text(), Fields(way), Text(), *verdict)
 
 
 def _waiting(shard: OutboxStatus, at: Timestamp) -> Text:

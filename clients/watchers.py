@@ -2,13 +2,22 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from datetime import timedelta
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from tally.poll.v1.poll_pb2 import PollState, VotingMethod
-from tally.query.v1.query_service_pb2 import GetPollRequest, Results, WatchResultsRequest
+from tally.poll.v1.poll_pb2 import PollState
+from tally.query.v1.query_service_pb2 import (
+    GetPollRequest,
+    GetTurnoutRequest,
+    GetTurnoutResponse,
+    Poll,
+    Results,
+    WatchResultsRequest,
+)
 
-from clients.connection import Patience, QueryServer, is_transient
+from clients.connection import Patience, QueryServer, Refused, is_transient
 
 # A poll in one of these states takes no more votes.
 ENDED = (PollState.POLL_STATE_CLOSED, PollState.POLL_STATE_CERTIFIED, PollState.POLL_STATE_CANCELLED)
@@ -17,7 +26,10 @@ ENDED = (PollState.POLL_STATE_CLOSED, PollState.POLL_STATE_CERTIFIED, PollState.
 _RENEWAL_SECONDS = 300.0
 # A stream that brought results and lived for so long is no failure, however it ends.
 _SETTLED_SECONDS = 10.0
-_METHOD_SECONDS = 2.0
+_DESCRIPTION_SECONDS = 2.0
+# How often it is asked how many voted in a poll that hides its results.
+_HIDDEN_SECONDS = 1.0
+_LONGEST_BUCKET = timedelta(days=366)
 
 
 async def watch(
@@ -79,9 +91,53 @@ async def watch(
         await asyncio.sleep(pause)
 
 
-async def voting_method(queries: QueryServer, poll_id: str) -> "VotingMethod.ValueType":
-    """How votes are marked; VOTING_METHOD_UNSPECIFIED where nobody tells, since counts are shown all the same."""
+async def watch_hidden(
+    queries: QueryServer,
+    poll_id: str,
+    *,
+    min_interval: float | None = None,
+    at_least_as_fresh: str = "",
+    retry_for: float = 60.0,
+    on_lost: Callable[[str], None] = lambda _: None,
+) -> AsyncGenerator[Results | GetTurnoutResponse, None]:
+    """Like `watch`, and while the poll hides its results it yields how many voted instead, each time that changes. Ends
+    with the poll's last results, or without any where it is cancelled and they stay hidden."""
+    turnout = GetTurnoutRequest(poll_id=poll_id, at_least_as_fresh=at_least_as_fresh)
+    # One number for all of the time is enough.
+    turnout.bucket.FromTimedelta(_LONGEST_BUCKET)
+    version = 0
+    while True:
+        changes = watch(
+            queries,
+            poll_id,
+            min_interval=min_interval,
+            at_least_as_fresh=at_least_as_fresh,
+            retry_for=retry_for,
+            on_lost=on_lost,
+        )
+        try:
+            async with aclosing(changes):
+                async for results in changes:
+                    yield results
+            return
+        except Refused as refused:
+            if refused.reason != "RESULTS_HIDDEN":
+                raise
+        voted = await queries.call(queries.stub.GetTurnout, turnout, retry_for=retry_for, on_lost=on_lost)
+        if voted.version > version:
+            version = voted.version
+            yield voted
+        request = GetPollRequest(poll_id=poll_id)
+        poll = (await queries.call(queries.stub.GetPoll, request, retry_for=retry_for, on_lost=on_lost)).poll
+        if poll.state == PollState.POLL_STATE_CANCELLED:
+            return
+        await asyncio.sleep(max(min_interval or 0.0, _HIDDEN_SECONDS))
+
+
+async def describe(queries: QueryServer, poll_id: str, at_least_as_fresh: str = "") -> Poll:
+    """The poll, for its title and method; empty where that cannot be told now, since counts are shown all the same."""
+    request = GetPollRequest(poll_id=poll_id, at_least_as_fresh=at_least_as_fresh)
     try:
-        return (await queries.stub.GetPoll(GetPollRequest(poll_id=poll_id), timeout=_METHOD_SECONDS)).poll.method
+        return (await queries.stub.GetPoll(request, timeout=_DESCRIPTION_SECONDS)).poll
     except grpc.aio.AioRpcError:
-        return VotingMethod.VOTING_METHOD_UNSPECIFIED
+        return Poll()

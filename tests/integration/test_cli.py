@@ -3,6 +3,7 @@
 import asyncio
 import csv
 import gzip
+import io
 import json
 import lzma
 import os
@@ -18,6 +19,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from copy import copy
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -25,6 +27,7 @@ from uuid import uuid4
 import asyncpg
 import grpc
 import pytest
+from rich.cells import cell_len
 from tally.command.v1.command_service_pb2 import (
     CancelPollRequest,
     CastVoteRequest,
@@ -33,7 +36,7 @@ from tally.command.v1.command_service_pb2 import (
     OpenPollRequest,
 )
 from tally.command.v1.command_service_pb2_grpc import CommandServiceStub
-from tally.poll.v1.poll_pb2 import Eligibility, PollOption, PollSpec, VotingMethod
+from tally.poll.v1.poll_pb2 import Eligibility, PollOption, PollSpec, ResultsVisibility, VotingMethod
 from tally.query.v1.query_service_pb2 import GetPollRequest, GetResultsRequest, ListPollsRequest
 from tally.query.v1.query_service_pb2_grpc import QueryServiceStub
 from typer.testing import CliRunner
@@ -107,7 +110,7 @@ class Cli:
     async def open_poll(self, *options: str, **fields: Any) -> str:
         fields = {"method": VotingMethod.VOTING_METHOD_SINGLE_CHOICE, **fields}
         choices = [PollOption(option_id=option, label=option) for option in options]
-        spec = PollSpec(title=f"Which? {uuid4()}", options=choices, **fields)
+        spec = PollSpec(options=choices, **{"title": f"Which? {uuid4()}", **fields})
         poll_id = (await self.commands.CreatePoll(CreatePollRequest(poll=spec))).poll_id
         token = (await self.commands.OpenPoll(OpenPollRequest(poll_id=poll_id))).consistency_token
         await self.queries.GetPoll(GetPollRequest(poll_id=poll_id, at_least_as_fresh=token), timeout=10)
@@ -225,7 +228,7 @@ async def test_a_poll_lives_from_draft_to_certified(cli: Cli) -> None:
     assert counts(certified["certification"]) == counts(certified) == {"Tea": 0, "c": 1}
     listed, watched = await asyncio.gather(cli.data("poll", "list", "--state", "certified"), cli.run("watch", poll_id))
     assert poll_id in [poll["poll_id"] for poll in listed["polls"]]
-    assert re.fullmatch(r"version 6 CERTIFIED: 1 votes · Coffee = black 1 · Tea 0\n", watched.out)
+    assert watched.out == f"{title} ({poll_id})\nversion 6 CERTIFIED: 1 votes · Coffee = black 1 · Tea 0\n"
 
 
 async def test_every_property_of_a_poll_is_set_shown_and_changed(cli: Cli) -> None:
@@ -329,6 +332,7 @@ async def test_an_approval_poll_with_a_roll_counts_every_choice_and_the_turnout(
     assert "turnout 75.0% of 4 eligible voters" in printed.out
     watcher = await cli.start("watch", poll_id)
     assert watcher.stdout
+    assert (await next_line(watcher.stdout)).decode() == f"? ({poll_id})\n"
     line = (await next_line(watcher.stdout)).decode()
     assert re.fullmatch(r"version \d OPEN: 3 votes of 4 voters \(75\.0%\) · b 3 · a 1 · c 1\n", line)
     await cli.commands.CancelPoll(CancelPollRequest(poll_id=poll_id))
@@ -378,7 +382,8 @@ async def test_a_roll_is_registered_whole_or_its_faults_are_told(cli: Cli, tmp_p
     printed = await cli.run("results", poll_id, "--at-least-as-fresh", token)
     # Weights count; of the votes in a single choice poll there is never more than all.
     assert re.search(r"yes\W+5\W+83\.3%", printed.out), printed.out
-    assert "turnout 100.0% of 2 eligible voters" in printed.out
+    assert "share of votes' weight" in printed.out
+    assert "turnout 100.0% of 2 eligible voters; counted votes 2, weight 6" in printed.out
 
 
 async def test_a_lost_connection_registers_everybody_all_the_same(cli: Cli, tmp_path: Path) -> None:
@@ -425,7 +430,7 @@ async def test_a_recount_that_does_not_agree_is_told_everywhere(cli: Cli) -> Non
         printed, watched = await asyncio.gather(cli.run("results", poll_id), cli.run("watch", poll_id))
         assert warning in printed.out
         assert "CLOSED, version 8" in printed.out
-        assert re.fullmatch(rf"version 8 CLOSED: 3 votes .*{warning}.*\n", watched.out)
+        assert re.fullmatch(rf"Which\? .*\nversion 8 CLOSED: 3 votes .*{warning}.*\n", watched.out)
         assert (printed.code, watched.code) == (0, 0)
 
         # The next recount is not taken for the one before it.
@@ -448,7 +453,6 @@ async def test_a_vote_counts_once_and_a_refused_one_changes_nothing(cli: Cli) ->
         ("vote", poll_id, "bert", "maybe"): "UNKNOWN_OPTION: ",
         ("vote", poll_id, "", "yes"): "INVALID_REQUEST: voter_id: ",
         ("vote", str(uuid4()), "anna", "yes"): "POLL_NOT_FOUND: ",
-        ("vote", "no-poll", "anna", "yes"): "INVALID_REQUEST: poll_id: ",
         ("results", str(uuid4())): "POLL_NOT_FOUND: ",
     }
     again, *complaints = await asyncio.gather(
@@ -491,9 +495,8 @@ async def test_hidden_results_are_told_when_the_poll_is_closed(cli: Cli, tmp_pat
     await cli.vote(shown, voter, "b")
     token = await cli.vote(hidden, voter, "tea")
     fresh = ("--at-least-as-fresh", token)
-    refused, watched, several, chart, turnout, listed, votes, poll = await asyncio.gather(
+    refused, several, chart, turnout, listed, votes, poll = await asyncio.gather(
         cli.refused("results", hidden, *fresh),
-        cli.refused("watch", hidden, *fresh),
         cli.run("results", hidden, shown, missing, "--output", "json"),
         cli.run("turnout", hidden, *fresh),
         cli.data(
@@ -504,11 +507,11 @@ async def test_hidden_results_are_told_when_the_poll_is_closed(cli: Cli, tmp_pat
         cli.run("poll", "show", hidden, *fresh),
     )
     assert refused.startswith("RESULTS_HIDDEN: ")
-    assert watched.startswith("RESULTS_HIDDEN: ")
+    assert "; tally turnout tells how many have voted" in refused
     assert (several.code, several.data["hidden_poll_ids"], several.data["missing_poll_ids"]) == (3, [hidden], [missing])
     assert [counts(results) for results in several.data["results"]] == [{"a": 0, "b": 1}]
     assert re.search(r":\d0 +1 +█{40} +1\n", chart.out), chart.out
-    assert "1 votes, each line 0:00:10; version 3" in chart.out
+    assert "1 votes, each line 0:00:10, times in UTC; version 3" in chart.out
     # What came after is not before, and an hour without a vote is there too.
     assert [bucket["cumulative_votes"] for bucket in turnout["buckets"]] == [0, 0, 0]
     assert (turnout["bucket"], turnout["total_votes"]) == ("3600s", 1)
@@ -532,6 +535,184 @@ async def test_hidden_results_are_told_when_the_poll_is_closed(cli: Cli, tmp_pat
     second = await cli.data(*arguments, "--close")
     assert (second["poll_id"], second["already_recorded"]) == (first["poll_id"], 3)
     assert (counts(second["results"]), second["results_hidden"]) == ({"red": 2, "blue": 1}, False)
+
+
+async def test_a_hidden_poll_is_watched_as_turnout(cli: Cli) -> None:
+    hidden = ResultsVisibility.RESULTS_VISIBILITY_AFTER_CLOSE
+    closed, cancelled = [
+        await cli.open_poll("tea", "milk", results_visibility=hidden, eligibility=Eligibility.ELIGIBILITY_OPEN)
+        for _ in range(2)
+    ]
+    token = await cli.vote(closed, "anna", "tea")
+    as_text = await cli.start("watch", closed, "--at-least-as-fresh", token)
+    as_data = await cli.start("watch", closed, "-o", "json")
+    given_up = await cli.start("watch", cancelled)
+    assert as_text.stdout
+    assert as_data.stdout
+    assert given_up.stdout
+    title = (await next_line(as_text.stdout)).decode()
+    assert re.fullmatch(rf"Which\? .* \({closed}\)\n", title)
+    assert (
+        await next_line(as_text.stdout)
+        == "version 3: 1 votes · the counts are hidden until the poll is closed\n".encode()
+    )
+    seen = json.loads(await next_line(as_data.stdout))
+    assert (seen["total_votes"], seen["results_hidden"], "counts" in seen) == (1, True, False)
+    assert seen["title"] in title
+    await cli.vote(closed, "bert", "milk")
+    # It is told while the poll is open.
+    assert b": 2 votes \xc2\xb7 the counts are hidden" in await next_line(as_text.stdout)
+    await next_line(given_up.stdout)
+    await cli.commands.ClosePoll(ClosePollRequest(poll_id=closed))
+    await cli.commands.CancelPoll(CancelPollRequest(poll_id=cancelled))
+    async with asyncio.timeout(30):
+        text, data, other = await ended(as_text), await ended(as_data), await ended(given_up)
+    assert (text.code, data.code, other.code) == (0, 0, 0)
+    assert text.out.splitlines()[-1] == "version 5 CLOSED: 2 votes · tea 1 · milk 1"
+    assert counts(json.loads(data.out.splitlines()[-1])) == {"tea": 1, "milk": 1}
+    assert other.err == "the poll was cancelled; its counts stay hidden\n"
+    assert "tea" not in other.out
+
+
+async def test_a_poll_is_named_by_the_beginning_of_its_id(cli: Cli, tmp_path: Path) -> None:
+    poll_id = await cli.open_poll("a", "b", eligibility=Eligibility.ELIGIBILITY_ROLL)
+    prefix = poll_id[:9].upper()
+    roll = tmp_path / "roll.csv"
+    roll.write_text("anna\nbert\n")
+    registered = await cli.data("register", prefix, str(roll))
+    assert registered["poll_id"] == poll_id
+    vote = await cli.data("vote", prefix, "anna", "a")
+    assert vote["receipt"]["poll_id"] == poll_id
+    fresh = ("--at-least-as-fresh", vote["consistency_token"])
+    votes = tmp_path / "votes.csv"
+    votes.write_text("who,vote\nbert,b\n")
+    columns = ("--choice-column", "vote", "--voter-column", "who")
+    results, shown, turnout, document, imported = await asyncio.gather(
+        cli.data("results", prefix, *fresh),
+        cli.data("poll", "show", prefix),
+        cli.data("turnout", prefix, *fresh),
+        cli.data("poll", "document", prefix),
+        cli.data("import", str(votes), "--poll", prefix, *columns),
+    )
+    assert {results["results"]["poll_id"], shown["poll"]["poll_id"], document["poll_id"]} == {poll_id}
+    assert (turnout["poll_id"], imported["poll_id"]) == (poll_id, poll_id)
+    closed = await cli.data("poll", "close", prefix)
+    assert closed["poll_id"] == poll_id
+    certified = await cli.data("poll", "certify", prefix)
+    assert counts(certified["results"]) == {"a": 1, "b": 1}
+    several = await cli.data("results", prefix, poll_id, prefix[:-1])
+    assert several["results"]["poll_id"] == poll_id
+    watched = await cli.run("watch", prefix)
+    assert poll_id in watched.out
+
+    # Of several polls that begin like this none is taken.
+    similar = [await cli.open_poll("a", "b", title=f"Similar {number}\x1b?") for number in range(2)]
+    connection = await asyncpg.connect(cli.run_record["read_dsn"])
+    try:
+        for number, other in enumerate(similar):
+            await connection.execute(
+                "UPDATE views.polls SET poll_id = $1::text::uuid WHERE poll_id = $2::text::uuid",
+                f"abcdef0{number}-0000-4000-8000-000000000000",
+                other,
+            )
+        commands = [("poll", "close"), ("poll", "cancel"), ("results",), ("watch",), ("turnout",)]
+        outcomes = await asyncio.gather(*(cli.run(*command, "abcdef") for command in commands))
+        for outcome in outcomes:
+            assert (outcome.code, outcome.out) == (2, "")
+            lines = outcome.err.splitlines()
+            assert lines[0] == "abcdef begins the ids of several polls; give more of it:"
+            assert sorted(lines[1:]) == [
+                f"  abcdef0{number}-0000-4000-8000-000000000000  Similar {number}\ufffd?" for number in range(2)
+            ]
+        assert (await cli.data("poll", "show", "abcdef01"))["poll"]["title"].startswith("Similar 1")
+    finally:
+        await connection.execute("DELETE FROM views.polls WHERE poll_id::text LIKE 'abcdef0_-0000-4000%'")
+        await connection.close()
+    assert await cli.refused("results", "abcdef") == "there is no poll whose id begins with abcdef"
+    for wrong in ("abc", "no-poll", "", poll_id + "0", poll_id[1:], "%bcd"):
+        outcome = await cli.run("poll", "show", wrong)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert "is not the id of a poll" in outcome.err
+    # A whole id needs no query server.
+    again = await cli.data("vote", poll_id, "anna", "a", "--query-address", NOBODY)
+    assert again["already_recorded"]
+    away = await cli.refused("vote", prefix, "cleo", "a", "--query-address", NOBODY)
+    assert away.startswith("UNAVAILABLE: the query server")
+
+
+async def test_rows_are_exported_as_csv(cli: Cli) -> None:
+    options = [
+        PollOption(option_id=str(n), label=label) for n, label in enumerate(('=HYPERLINK("x")', "+1", "-", "a,b"))
+    ]
+    spec = PollSpec(title="@SUM(A1)\nor not", options=options, method=VotingMethod.VOTING_METHOD_APPROVAL)
+    poll_id = (await cli.commands.CreatePoll(CreatePollRequest(poll=spec))).poll_id
+    await cli.commands.OpenPoll(OpenPollRequest(poll_id=poll_id))
+    await cli.vote(poll_id, "csv-anna", "0", "1")
+    token = await cli.vote(poll_id, "csv-bert", "1")
+    results, listed, turnout, votes, dead = await asyncio.gather(
+        cli.run("results", poll_id, "--at-least-as-fresh", token, "-o", "csv"),
+        cli.run("poll", "list", "-o", "csv", "--limit", "1000"),
+        cli.run("turnout", poll_id, "--at-least-as-fresh", token, "-o", "csv"),
+        cli.run("votes", "csv-anna", "--at-least-as-fresh", token, "-o", "csv"),
+        cli.run("dead-letters", "list", "-o", "csv"),
+    )
+    rows = list(csv.DictReader(io.StringIO(results.out)))
+    assert [(row["option_id"], row["label"], row["count"], row["share"]) for row in rows] == [
+        ("0", '\'=HYPERLINK("x")', "1", "0.5"),
+        ("1", "+1", "2", "1.0"),
+        ("2", "'-", "0", "0.0"),
+        ("3", "a,b", "0", "0.0"),
+    ]
+    assert {(row["poll_id"], row["total_votes"], row["share_of"], row["recounted"]) for row in rows} == {
+        (poll_id, "2", "voters", "")
+    }
+    [poll] = [row for row in csv.DictReader(io.StringIO(listed.out)) if row["poll_id"] == poll_id]
+    assert (poll["title"], poll["state"], poll["closed_at"]) == ("'@SUM(A1)\nor not", "OPEN", "")
+    assert sum(int(row["votes"]) for row in csv.DictReader(io.StringIO(turnout.out))) == 2
+    [vote] = csv.DictReader(io.StringIO(votes.out))
+    assert (vote["poll_id"], vote["outcome"]) == (poll_id, "")
+    assert dead.out.startswith("read_model,poll_id,version,")
+    assert all(outcome.code == 0 for outcome in (results, listed, turnout, votes, dead))
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+async def test_on_a_narrow_screen_nothing_is_cut(cli: Cli, width: int) -> None:
+    label = "Repair the roof of the bicycle shed, with solar panels, in favour"
+    poll_id = await cli.open_poll("a", "b", title=f"{label}? 日本語 שלום")
+    options = [PollOption(option_id="x", label=label), PollOption(option_id="y", label=label[:-9] + "against")]
+    spec = PollSpec(title=label, options=options, method=VotingMethod.VOTING_METHOD_SINGLE_CHOICE)
+    other = (await cli.commands.CreatePoll(CreatePollRequest(poll=spec))).poll_id
+    await cli.commands.OpenPoll(OpenPollRequest(poll_id=other))
+    await cli.vote(poll_id, f"narrow-{width}", "a")
+    token = await cli.vote(other, f"narrow-{width}", "y")
+    fresh = ("--at-least-as-fresh", token)
+    commands: dict[tuple[str, ...], list[str]] = {
+        ("poll", "list", "--limit", "2"): [poll_id, other],
+        ("poll", "show", other, *fresh): [other],
+        ("poll", "document", other, *fresh): [other],
+        ("results", other, poll_id): [other, poll_id],
+        ("votes", f"narrow-{width}", *fresh): [poll_id, other],
+        ("turnout", other, *fresh): [],
+        ("status",): [],
+        ("dead-letters", "list"): [],
+    }
+    for command, ids in commands.items():
+        text = await screen_of(cli, width, *command)
+        assert all(cell_len(line) <= width for line in text.splitlines()), text
+        assert all(shown in text for shown in ids), text
+        assert "…" not in text
+        if ids:
+            # Every word of the title is there, also where it is folded.
+            assert set(label.split()) <= set(re.sub(r"[│?]", " ", text).split()), text
+    await cli.commands.ClosePoll(ClosePollRequest(poll_id=other))
+    watched = await screen_of(cli, width, "watch", other)
+    assert {"against", "favour"} <= set(watched.split())
+    assert "Repair the roof" in watched
+
+
+async def test_the_version_is_told(cli: Cli) -> None:
+    outcome = await cli.run("--version")
+    assert outcome == (0, f"tally {version('tally-voting')}\n", "")
 
 
 async def test_an_import_reports_every_row_and_counts_none_twice(cli: Cli, tmp_path: Path) -> None:
@@ -602,7 +783,7 @@ async def test_an_import_into_a_poll_that_takes_no_votes_says_so(cli: Cli, tmp_p
     path = tmp_path / "votes.csv"
     path.write_text("vote\nred\nblue\n")
     draft = (await cli.data("poll", "create", "--title", "Later", "--option", "red", "--option", "blue"))["poll_id"]
-    reasons = {draft: "POLL_NOT_OPEN", str(uuid4()): "POLL_NOT_FOUND", "no-id": "INVALID_REQUEST"}
+    reasons = {draft: "POLL_NOT_OPEN", str(uuid4()): "POLL_NOT_FOUND"}
     outcomes = await asyncio.gather(
         *(cli.run("import", str(path), "--poll", poll_id, "--choice-column", "vote") for poll_id in reasons)
     )
@@ -955,6 +1136,25 @@ async def next_line(stream: asyncio.StreamReader) -> bytes:
         line = await stream.readline()
     assert line, "the command ended"
     return line
+
+
+async def screen_of(cli: Cli, width: int, *arguments: str) -> str:
+    """What a command shows on a terminal that has so many columns."""
+    ours, theirs = pty.openpty()
+    try:
+        variables = ENVIRONMENT | {"COLUMNS": str(width), "LINES": "30", "TERM": "xterm", "NO_COLOR": "1"}
+        process = await asyncio.create_subprocess_exec(
+            *(TALLY, *arguments), cwd=cli.directory, env=variables, stdin=theirs, stdout=theirs, stderr=theirs
+        )
+        os.close(theirs)
+        drawn = asyncio.create_task(asyncio.to_thread(read_terminal, ours))
+        async with asyncio.timeout(60):
+            code, screen = await process.wait(), await drawn
+    finally:
+        os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.replace("\r", ""))
+    assert code == 0, text
+    return text
 
 
 def read_terminal(descriptor: int) -> str:
