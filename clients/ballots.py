@@ -209,9 +209,12 @@ class _Choices:
     _read: dict[str, _Marked] = field(default_factory=dict)
     # Choice → whether a row has it.
     _ignored: dict[str, bool] = field(default_factory=dict)
+    _looks_of_ignored: dict[str, str] = field(default_factory=dict)
+    _taken_apart: bool = False
 
     def __post_init__(self) -> None:
         self._ignored = dict.fromkeys(map(clean_label, self.file.ignored), False)
+        self._looks_of_ignored = {look(choice): choice for choice in self._ignored}
         for option in self.file.options:
             self._counted_as(clean_label(option), 0)
 
@@ -233,9 +236,9 @@ class _Choices:
         """Looks at all choices together, after the last row."""
         for choice, met in self._ignored.items():
             if not met:
-                alike = [known for known in self.counts if look(known) == look(choice)]
-                hint = f"; there is {alike[0]!r}" if alike else ""
-                self.findings.suspect("names given with --ignore-choice that no row has", 0, f"{choice!r}{hint}")
+                self.findings.suspect("names given with --ignore-choice that no row has", 0, repr(choice))
+        if self.file.separator and not self._taken_apart:
+            self.findings.suspect("a --choice-separator that no cell has", 0, repr(self.file.separator))
         for place in form.places[: len(self.file.choice_columns)]:
             if (name := form.header[place]) in self._lines and self.counts.get(name):
                 told = (
@@ -249,7 +252,9 @@ class _Choices:
         marked: dict[str, None] = {}
         ignored = False
         fault = ""
-        for part in cell.split(self.file.separator) if self.file.separator else (cell,):
+        parts = cell.split(self.file.separator) if self.file.separator else [cell]
+        self._taken_apart |= len(parts) > 1
+        for part in parts:
             choice = clean_label(part)
             if not choice:
                 continue
@@ -288,6 +293,9 @@ class _Choices:
                 f"{file_name(self.file.path)}: {self.file.columns_named} more than {MAX_OPTIONS:,} different choices,"
                 " which is the most that a poll can have"
             )
+        if line and (ignored_one := self._looks_of_ignored.get(look(choice))):
+            told = "choices that look like one given with --ignore-choice"
+            self.findings.suspect(told, line, f"{choice!r} looks like {ignored_one!r}")
         if line and DAMAGED.fullmatch(choice):
             self.findings.suspect("choices that a spreadsheet or a wrong encoding damaged", line, repr(choice))
         self.counts[choice] = 0

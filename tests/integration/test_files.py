@@ -138,8 +138,9 @@ def table(delimiter: str, end: str = "\r\n") -> str:
         (lzma.compress(table(",").encode("cp1252")), "Windows-1252"),
         (zipped({"votes.csv": table(";").encode(), "__MACOSX/._votes.csv": b"\0\1"}), "UTF-8, semicolon"),
         (workbook(TABLE, ["Old"]), "Excel worksheet 'Sheet' (not read: 'Old')"),
+        (zipped({"votes.xlsx": workbook(TABLE)}), "Excel worksheet 'Sheet'"),
     ],
-    ids=["comma", "BOM", "UTF-16", "UTF-16BE", "UTF-16LE", "1252", "CR", "sep", "xz", "zip", "xlsx"],
+    ids=["comma", "BOM", "UTF-16", "UTF-16BE", "UTF-16LE", "1252", "CR", "sep", "xz", "zip", "xlsx", "xlsx in zip"],
 )
 async def test_what_spreadsheets_save_is_read_and_how_it_was_read_is_said(
     system: System, write: Write, content: bytes, told: str
@@ -246,7 +247,10 @@ async def test_cells_of_a_workbook_are_read_as_excel_shows_them(system: System, 
         (
             "1,red\n2,blue\n3,Overvote\n",
             ("--ignore-choice", "overvote"),
-            ("names given with --ignore-choice that no row has", "'overvote'; there is 'Overvote'"),
+            (
+                "names given with --ignore-choice that no row has (1)\n  'overvote'",
+                "line 4: 'Overvote' looks like 'overvote'",
+            ),
             ("--ignore-choice", "Overvote", "--yes"),
             [("red", 1), ("blue", 1)],
         ),

@@ -42,6 +42,11 @@ def told(survey: Survey) -> dict[str, list[str]]:
     return {name: finding.examples for name, finding in survey.findings.kinds.items()}
 
 
+def every_line(survey: Survey) -> list[str]:
+    """What was found, without the kinds."""
+    return [example for examples in told(survey).values() for example in examples]
+
+
 def test_votes_are_rows_whose_choice_is_neither_blank_nor_ignored(write: Write) -> None:
     path = write("id,choice\na,red\nb,\nc,blue\nd,overvote\ne,red\nf,  \n")
     file = BallotFile(path, ("choice",), "id", frozenset({"overvote"}))
@@ -236,3 +241,47 @@ def test_the_shipped_election_has_the_known_count() -> None:
     assert (survey.votes, survey.blank, survey.ignored, survey.faulty) == (79_174, 834, 93, 0)
     with gzip.open(path, "rt", newline="") as file:
         assert sum(1 for _ in csv.DictReader(file)) == 80_101
+
+
+def test_what_was_told_and_fits_nothing_is_suspicious(write: Write) -> None:
+    path = write("id,choice\n1,red\n2,blue\n3,overvote\n4,Overvote\n")
+    survey = BallotFile(path, ("choice",), "id", frozenset({"overvote", "spoilt"}), separator=";").survey()
+    assert told(survey) == {
+        "names given with --ignore-choice that no row has": ["'spoilt'"],
+        "a --choice-separator that no cell has": ["';'"],
+        "choices that look like one given with --ignore-choice": ["line 5: 'Overvote' looks like 'overvote'"],
+    }
+    assert survey.findings.stop(yes=False)
+    assert not survey.findings.stop(yes=True)
+
+
+def test_a_name_with_a_comma_is_one_choice(write: Write) -> None:
+    path = write('choice\n"Smith, John"\n"Doe, Jane"\n"The ""Rock"""\n')
+    survey = BallotFile(path, ("choice",)).survey()
+    assert list(survey.choices) == ["Smith, John", "Doe, Jane", 'The "Rock"']
+    assert not survey.findings.kinds
+
+
+def test_a_choice_is_kept_as_it_is_seen(write: Write) -> None:
+    family = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
+    path = write(f"choice\n{family}\n\ufeff{family} \n2\u00b2\n22\nred\u00a0 wine\n\u200b\nde\x07af\n")
+    survey = BallotFile(path, ("choice",)).survey()
+    assert survey.choices == {family: 2, "2\u00b2": 1, "22": 1, "red wine": 1}
+    assert (survey.blank, survey.faulty) == (1, 1)
+    assert "line 8: choice: character 3 is U+0007, a control character" in every_line(survey)
+
+
+def test_choices_that_look_the_same_are_refused_or_merged_into_the_first_or_the_named_one(write: Write) -> None:
+    path = write("id,choice\n1,YES\n2,yes\n3,no\n4,\uff39es\n5,YES\n")
+    survey = BallotFile(path, ("choice",), "id").survey()
+    assert survey.findings.stop(yes=True)
+    assert every_line(survey) == [
+        "line 3: 'yes' looks like 'YES' on line 2",
+        "line 5: '\uff39es' looks like 'YES' on line 2",
+    ]
+    merged = BallotFile(path, ("choice",), "id", merge_similar=True)
+    assert merged.survey().choices == {"YES": 4, "no": 1}
+    assert [ballot[2] for ballot in read(merged)] == [["YES"], ["YES"], ["no"], ["YES"], ["YES"]]
+    named = BallotFile(path, ("choice",), "id", options=("no", "Yes"), merge_similar=True)
+    assert named.survey().choices == {"no": 1, "Yes": 4}
+    assert [ballot[2] for ballot in read(named)] == [["Yes"], ["Yes"], ["no"], ["Yes"], ["Yes"]]
