@@ -1,8 +1,9 @@
 """The RPCs of QueryService: each handler reads its request, asks, and translates the answer."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -21,6 +22,7 @@ from query_server.announcements import Announcements
 from query_server.answered import Answered
 from query_server.freshness import behind, caught_up, patience, retried, wanted
 from query_server.live import LiveResults
+from query_server.outgoing import Outgoing
 from query_server.status import Status
 from query_server.views import MAX_ANSWER_BYTES, Found, Views
 from query_server.watchers import Watchers
@@ -52,6 +54,7 @@ class QueryService(QueryServiceServicer):
         self._status = status
         self._voters = voters
         self._answered = answered
+        self._outgoing = Outgoing()
         # Beside results, which have two stores, each read model has its own pace: who has seen a change in one of them
         # gives its token to see it in another.
         self._shown = {VIEWS: Answered(), DOCUMENTS: Answered()}
@@ -61,6 +64,7 @@ class QueryService(QueryServiceServicer):
         _, poll = await self._fresh(request, context, poll_id, lambda: self._views.poll(poll_id))
         if poll is None:
             raise poll_not_found(poll_id)
+        await self._outgoing.send(context, poll.ByteSize())
         return pb.GetPollResponse(poll=poll)
 
     async def ListPolls(self, request: pb.ListPollsRequest, context: Context) -> pb.ListPollsResponse:
@@ -71,7 +75,9 @@ class QueryService(QueryServiceServicer):
             self._show(positions)
             return page
 
-        return await retried(read, patience(context))
+        page = await retried(read, patience(context))
+        await self._outgoing.send(context, page.ByteSize())
+        return page
 
     @checks_itself
     async def GetResults(  # type: ignore[override]  # the bytes that the projector made
@@ -80,6 +86,7 @@ class QueryService(QueryServiceServicer):
         found = None if request.at_least_as_fresh else self._watchers.current(request.poll_id)
         if found and found.results and not are_hidden(found.results):
             # The usual question, for a poll that is watched: so its id is one.
+            await self._outgoing.send(context, len(found.results))
             return found.results
         check(request)
         poll_id = UUID(request.poll_id)
@@ -91,12 +98,15 @@ class QueryService(QueryServiceServicer):
         if found is None:
             # It comes as soon as a store has it.
             async with self._watchers.watch([poll_id], {poll_id: least} if fresh else {}, patience(context)) as watcher:
-                return await watcher.next()
+                results = await watcher.next()
+            await self._outgoing.send(context, len(results))
+            return results
         self._watchers.learn(poll_id, found)
         if found.results is None:
             raise poll_not_found(poll_id)
         if are_hidden(found.results):
             raise results_hidden(poll_id)
+        await self._outgoing.send(context, len(found.results))
         return found.results
 
     async def _find(self, poll_id: UUID, least: LogPosition, seconds: float) -> Found | None:
@@ -119,7 +129,7 @@ class QueryService(QueryServiceServicer):
                 fresh[poll_id] = max(least, fresh.get(poll_id, NOWHERE))
         min_interval = request.min_interval.ToTimedelta().total_seconds()
         async with self._watchers.watch(poll_ids, fresh, patience(context), min_interval) as watcher:
-            await watcher.forward(context.write)
+            await watcher.forward(context.write, partial(self._outgoing.room, context))
 
     # That a voter voted can be read, but not when: counts by version would tell what was chosen (docs/security.md).
     async def GetVote(self, request: pb.GetVoteRequest, context: Context) -> pb.GetVoteResponse:
@@ -145,24 +155,12 @@ class QueryService(QueryServiceServicer):
                     raise behind(position, least[poll_id])
             return found
 
-        found = await retried(read, patience(context))
-        for poll_id in found:
-            self._watchers.learn(poll_id, found[poll_id])
-        hidden, missing, shown = [], [], []
-        for poll_id in poll_ids:
-            results = found[poll_id].results if poll_id in found else b""
-            if results is None:
-                missing.append(str(poll_id))
-            elif are_hidden(results):
-                hidden.append(str(poll_id))
-            else:
-                # A GetResultsResponse has the same bytes as this response with one poll; repeated fields add up.
-                shown.append(results)
-        others = pb.BatchGetResultsResponse(missing_poll_ids=missing, hidden_poll_ids=hidden)
-        answer = b"".join([*shown, others.SerializeToString()])
-        # Also where find_all has left some out: it did so because those that it found are more than fit.
-        if len(answer) > MAX_ANSWER_BYTES:
-            raise invalid_request({"poll_ids": "have more options together than one answer can hold; ask for fewer"})
+        async with self._outgoing.batch(patience(context)):
+            found = await retried(read, patience(context))
+            for poll_id in found:
+                self._watchers.learn(poll_id, found[poll_id])
+            answer = _batch(poll_ids, found)
+            await self._outgoing.send(context, len(answer))
         return answer
 
     async def ListVoterVotes(self, request: pb.ListVoterVotesRequest, context: Context) -> pb.ListVoterVotesResponse:
@@ -180,6 +178,7 @@ class QueryService(QueryServiceServicer):
         _, page = await caught_up(self._announcements, VIEWS, poll_id, least, read, patience(context))
         for vote in page.votes:
             vote.receipt.receipt_id = self._voters.receipt_id(UUID(vote.receipt.poll_id), voter_key)
+        await self._outgoing.send(context, page.ByteSize())
         return page
 
     async def GetTurnout(self, request: pb.GetTurnoutRequest, context: Context) -> pb.GetTurnoutResponse:
@@ -194,12 +193,14 @@ class QueryService(QueryServiceServicer):
         seen, document = await self._fresh(request, context, poll_id, lambda: self._views.document(poll_id), DOCUMENTS)
         if document is None:
             raise poll_not_found(poll_id)
-        return pb.GetPollDocumentResponse(
+        response = pb.GetPollDocumentResponse(
             poll_id=str(poll_id),
             version=seen.version,
             document=document,
             consistency_token=token(poll_id, seen.version, seen.log_epoch),
         )
+        await self._outgoing.send(context, response.ByteSize())
+        return response
 
     async def GetReadModelStatus(
         self, request: pb.GetReadModelStatusRequest, context: Context
@@ -230,3 +231,24 @@ class QueryService(QueryServiceServicer):
         seen, answer = await caught_up(self._announcements, read_model, poll_id, least, read, patience(context))
         shown.note(poll_id, seen)
         return seen, answer
+
+
+def _batch(poll_ids: Sequence[UUID], found: Mapping[UUID, Found]) -> bytes:
+    """A serialized BatchGetResultsResponse. Raises INVALID_REQUEST where it would be too large.
+
+    Polls that are not among `found` were left out because those that are have more than fits already.
+    """
+    hidden, missing, shown = [], [], []
+    for poll_id in poll_ids:
+        results = found[poll_id].results if poll_id in found else b""
+        if results is None:
+            missing.append(str(poll_id))
+        elif are_hidden(results):
+            hidden.append(str(poll_id))
+        else:
+            # A GetResultsResponse has the same bytes as this response with one poll; repeated fields add up.
+            shown.append(results)
+    others = pb.BatchGetResultsResponse(missing_poll_ids=missing, hidden_poll_ids=hidden).SerializeToString()
+    if sum(map(len, shown)) + len(others) > MAX_ANSWER_BYTES:
+        raise invalid_request({"poll_ids": "have more options together than one answer can hold; ask for fewer"})
+    return b"".join([*shown, others])

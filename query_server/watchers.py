@@ -15,7 +15,7 @@ Watchers hear of a change a few at a time, so that a crowd of them holds up no o
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext
 from math import inf
 from uuid import UUID
 
@@ -37,6 +37,7 @@ from query_server.announcements import Announcements
 from query_server.answered import Answered
 from query_server.freshness import Wanted, behind
 from query_server.live import FAILURES, LiveResults
+from query_server.outgoing import LARGE
 from query_server.pace import Pace
 from query_server.subscriptions import Subscriptions
 from query_server.views import Found, ReadModelFilling, Views
@@ -45,6 +46,10 @@ log = structlog.get_logger()
 
 MAX_WATCHERS = 50_000
 MAX_TOPICS = 50_000
+
+# Makes room for so many bytes within so many seconds: query_server.outgoing.
+Room = Callable[[int, float], AbstractAsyncContextManager[None]]
+_NO_ROOM_NEEDED = nullcontext()
 
 # A reader that takes no message for this long, or up to a quarter longer, is sent away; seconds.
 STUCK = 30.0
@@ -199,20 +204,25 @@ class Watcher:
             _check_shown(topic)
         self._news = dict.fromkeys(self.topics)
 
-    async def forward(self, write: Callable[[bytes], Awaitable[None]]) -> None:
+    async def forward(self, write: Callable[[bytes], Awaitable[None]], room: Room) -> None:
         """Writes results as `next` returns them, until all polls have ended and their last results are written.
 
-        Raises OVERLOADED once `write` has not returned for STUCK seconds.
+        Raises OVERLOADED once `write` has not returned for STUCK seconds, or `room`, within which it writes large
+        results, has not come for as long.
         """
         now = asyncio.get_running_loop().time
         try:
             # A limit for each message would make it a tenth dearer: there is one, which `check` sets.
             async with self._limit:
                 while self._news or not all(topic.final for topic in self.topics):
-                    results = await self.next()
-                    self._writing_since = now()
-                    await write(results)
-                    self._writing_since = inf
+                    topic = await self._next_topic()
+                    async with room(len(topic.results), STUCK) if len(topic.results) >= LARGE else _NO_ROOM_NEEDED:
+                        # By now there may be newer ones.
+                        self._news.pop(topic, None)
+                        _check_shown(topic)
+                        self._writing_since = now()
+                        await write(topic.results)
+                        self._writing_since = inf
         except TimeoutError:
             message = f"this reader took no message for {STUCK:g} s; watch again"
             raise Refusal(ErrorReason.ERROR_REASON_OVERLOADED, message) from None
@@ -229,6 +239,9 @@ class Watcher:
         Raises RESULTS_HIDDEN for a draft that was changed to hide them, and POLL_NOT_FOUND for a poll that a later
         history of the log does not have.
         """
+        return (await self._next_topic()).results
+
+    async def _next_topic(self) -> Topic:
         loop = asyncio.get_running_loop()
         while True:
             now = loop.time()
@@ -238,7 +251,7 @@ class Watcher:
                     if self._min_interval:
                         self._not_before[topic] = now + self._min_interval
                     _check_shown(topic)
-                    return topic.results
+                    return topic
             await self._something(min((self._not_before[topic] - now for topic in self._news), default=None))
 
     def lacks(self, topic: Topic) -> bool:

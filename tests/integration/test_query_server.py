@@ -1376,6 +1376,32 @@ async def test_stuck_readers_cost_no_memory(read_dsn: str, redis_url: str, model
         assert psutil.Process(pid).memory_info().rss - before < 100e6
 
 
+async def test_stuck_readers_of_a_large_poll_share_its_results(
+    read_dsn: str, redis_url: str, models: ReadModels, tmp_path: Path
+) -> None:
+    poll_id = await models.poll()
+    size = len(await models.publish(poll_id, 2, options=40_000))
+    async with query_process(read_dsn, redis_url, tmp_path) as (address, pid), AsyncExitStack() as stack:
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
+        stubs = [
+            QueryServiceStub(await stack.enter_async_context(grpc.aio.insecure_channel(address, options)))
+            for _ in range(16)
+        ]
+        reader = Watch(stubs[0], poll_id)
+        await reader.next()
+        before = psutil.Process(pid).memory_info().rss
+        stuck = [Watch(stubs[number % 15 + 1], poll_id) for number in range(300)]
+        for version in range(3, 20):
+            await models.publish(poll_id, version, options=40_000)
+            await reader.up_to(version)
+        assert psutil.Process(pid).memory_info().rss - before < 100 * size < 300 * size / 2
+        # A large answer to somebody else goes on, too.
+        request = pb.GetResultsRequest(poll_id=str(poll_id))
+        assert (await stubs[0].GetResults(request, timeout=5)).results.version == 19
+        for watch in stuck:
+            watch.call.cancel()
+
+
 async def test_calls_that_come_meanwhile_share_a_question_to_redis(
     read_dsn: str, redis_url: str, models: ReadModels
 ) -> None:

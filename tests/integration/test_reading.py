@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
+import asyncpg
 import grpc
 import pytest
 from prometheus_client import REGISTRY
@@ -43,7 +44,7 @@ from tally.query.v1 import query_service_pb2 as pb
 from tally.query.v1.query_service_pb2_grpc import QueryServiceStub
 
 from contracts.freshness import token
-from contracts.log_epoch import LogPosition
+from contracts.log_epoch import NOWHERE, LogPosition
 from contracts.voters import VoterKeys
 from migrations import READ
 from projector.documents import Documents
@@ -55,8 +56,9 @@ from projector.views import Views
 from query_server import turnout as charts
 from query_server.views import Views as Readers
 from runtime.postgres import migrate
+from tests.pauses import longest_pause
 from tests.processes import eventually
-from tests.servers import VOTER_SECRET, query_channel, refused, sql
+from tests.servers import VOTER_SECRET, query_channel, refused, sql, views_of
 
 if TYPE_CHECKING:
     from tally.query.v1.query_service_pb2_grpc import QueryServiceAsyncStub
@@ -515,3 +517,23 @@ async def test_pages_of_polls_hold_still_while_polls_change_their_state(
 
     assert await pages(POLL_STATE_DRAFT) == ["8", "7", "6", "5", "4", "3", "2", "0"]
     assert await pages(PollState.POLL_STATE_UNSPECIFIED) == list("876543210")
+
+
+# --- what is long holds up nobody
+
+
+async def test_long_lists_hold_up_no_other_call(read_dsn: str, database: ReadDatabase) -> None:
+    labels = [PollOption(option_id=f"option-{number}", label=f"{number:04}" + "é" * 196) for number in range(1000)]
+    polls = [Poll(at=after(seconds=number), options=labels) for number in range(12)]
+    for poll in polls:
+        poll.opens()
+        poll.votes(NOON, "ann")
+    await database.store(*polls)
+    known = {poll.poll_id: NOWHERE for poll in polls}
+    async with asyncpg.create_pool(views_of(read_dsn), min_size=1, max_size=1) as pool:
+        readers = Readers(pool)
+        for work in (lambda: readers.polls(0, "", 1000, ""), lambda: readers.newer_results(known)):  # type: ignore[arg-type]
+            # Once more where the machine itself paused.
+            pauses = [await longest_pause(work()) for _ in range(5)]
+            pause, seconds = min(pauses)
+            assert pause < 0.02 < seconds, pauses

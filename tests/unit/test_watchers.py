@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from unittest.mock import AsyncMock
 from uuid import uuid4
 
@@ -28,6 +29,7 @@ from query_server.freshness import Wanted
 from query_server.live import LiveResults, connect
 from query_server.views import Views
 from query_server.watchers import Topic, Watcher, Watchers
+from tests.pauses import longest_pause
 
 NOT_FOUND = ErrorReason.ERROR_REASON_POLL_NOT_FOUND
 UNAVAILABLE = ErrorReason.ERROR_REASON_STORE_UNAVAILABLE
@@ -245,3 +247,40 @@ async def test_a_watcher_is_sent_away_when_the_server_stops(hub: Watchers) -> No
     with pytest.raises(Refusal, match="stopping"):
         await reading
     await running
+
+
+async def test_a_crowd_of_watchers_holds_up_no_other_call(hub: Watchers) -> None:
+    stop = asyncio.Event()
+    running = asyncio.ensure_future(hub.run(stop))
+    topic = Topic(uuid4(), b"channel", hub._changed)
+    written = 0
+
+    async def write(_: bytes) -> None:
+        nonlocal written
+        # About what gRPC takes.
+        until = time.perf_counter() + 30e-6
+        while time.perf_counter() < until:
+            pass
+        written += 1
+
+    watchers = [watcher_of(hub, topic) for _ in range(10_000)]
+    reading = [asyncio.ensure_future(watcher.forward(write, no_room)) for watcher in watchers]
+    await asyncio.sleep(0)
+
+    async def change() -> None:
+        topic.offer(at(2), b"results")
+        while written < len(watchers):
+            await asyncio.sleep(0)
+
+    pause, seconds = await longest_pause(change())
+    assert pause < seconds / 10
+    for watching in reading:
+        watching.cancel()
+    stop.set()
+    await running
+
+
+@asynccontextmanager
+async def no_room(*_: object) -> AsyncIterator[None]:
+    raise AssertionError("results are small")
+    yield
