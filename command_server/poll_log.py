@@ -1,7 +1,7 @@
 """Changes to polls: one transaction that takes a decision and writes state, event, outbox and the caller's answer."""
 
 from asyncio import timeout
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -18,7 +18,7 @@ from contracts.bus import MAX_PAYLOAD_BYTES
 from contracts.freshness import token
 from contracts.refusals import invalid_request, poll_not_found
 from runtime.postgres import POOL_SECONDS, queries
-from runtime.serving import violations
+from runtime.serving import apart, violations
 
 sql = queries(__package__)
 
@@ -55,9 +55,11 @@ class PollLog:
     async def create(self, request: Request, spec: PollSpec) -> CreatePollResponse:
         """Creates a poll, in state DRAFT."""
 
+        columns = await _columns(create_poll(spec))
+
         async def insert(connection: asyncpg.Connection) -> CreatePollResponse:
             poll_id = uuid4()
-            log_epoch = await connection.fetchval(sql.insert_poll, poll_id, *_columns(create_poll(spec)))
+            log_epoch = await connection.fetchval(sql.insert_poll, poll_id, *columns)
             return CreatePollResponse(poll_id=str(poll_id), consistency_token=token(poll_id, 1, log_epoch))
 
         return await self._once(request, CreatePollResponse, insert)
@@ -136,15 +138,20 @@ async def lock(connection: asyncpg.Connection, poll_id: UUID) -> Locked:
 
 async def append(connection: asyncpg.Connection, locked: Locked, change: Change) -> int:
     """Appends the event of a change to a locked poll; returns the poll's new version."""
-    return int(await connection.fetchval(sql.change_poll, locked.poll_no, *_columns(change)))
+    return int(await connection.fetchval(sql.change_poll, locked.poll_no, *await _columns(change)))
 
 
-def _columns(change: Change) -> tuple[str, bytes, datetime | None, datetime | None, bytes]:
+async def _columns(change: Change) -> tuple[str, bytes, datetime | None, datetime | None, bytes]:
     """state, spec, opens_at, closes_at, payload. Raises INVALID_REQUEST where a spec that a caller wrote breaks the
     rules of a poll; a poll that was written under other rules goes on."""
     state, event, spec = change
-    written = event.HasField("poll_created") or event.HasField("poll_updated")
-    if written and (broken := violations(spec) or look_alikes(spec)):
+    broken: Mapping[str, str] = {}
+    if event.HasField("poll_updated"):
+        # A new poll's was checked with its request; this one is what the request makes of the poll.
+        broken = await apart(violations, spec)
+    if not broken and (event.HasField("poll_created") or event.HasField("poll_updated")):
+        broken = await apart(look_alikes, spec)
+    if broken:
         raise invalid_request({f"poll.{field}" if field else "poll": rule for field, rule in broken.items()})
     opens_at, closes_at = _moment(spec, "opens_at"), _moment(spec, "closes_at")
     payload = event.SerializeToString()

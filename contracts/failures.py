@@ -7,7 +7,7 @@ from tally.poll.v1.error_reason_pb2 import ErrorReason
 
 from contracts.refusals import Refusal, invalid_request
 from runtime import postgres
-from runtime.serving import InvalidMessage
+from runtime.wire import InvalidMessage
 
 log = structlog.get_logger()
 

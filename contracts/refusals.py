@@ -1,7 +1,7 @@
 """Every way in which a call is refused, and the one table that maps each to its status. Plain data, without I/O."""
 
 from collections.abc import Mapping
-from itertools import islice
+from itertools import accumulate, islice
 
 from google.protobuf.any_pb2 import Any
 from google.protobuf.duration_pb2 import Duration
@@ -42,8 +42,9 @@ _RETRY_AFTER: Mapping[ErrorReason.ValueType, float] = {
 }
 
 # A status travels in headers, of which gRPC begins to drop what is above 8 KiB, and with it the reason: the most field
-# violations of one refusal, and the most bytes of a text that is quoted.
+# violations of one refusal, the most bytes of them together, and the most bytes of a text that is quoted.
 _MOST_FIELDS = 20
+_MOST_FIELDS_BYTES = 1_800
 _MOST_QUOTED = 100
 
 
@@ -96,9 +97,11 @@ def quoted(text: str) -> str:
 def invalid_request(fields: Mapping[str, str]) -> Refusal:
     """The request breaks rules of its message; `fields` is path → rule, the path empty for the whole message. Of many
     rules the first are told, and how many more there are."""
-    if len(fields) > _MOST_FIELDS:
-        more = f"{len(fields) - _MOST_FIELDS:,} more fields break a rule"
-        fields = {**dict(islice(fields.items(), _MOST_FIELDS)), "": more}
+    sizes = accumulate(len(f"{field}{rule}".encode()) for field, rule in fields.items())
+    told = max(1, sum(1 for size in islice(sizes, _MOST_FIELDS) if size <= _MOST_FIELDS_BYTES))
+    if len(fields) > told:
+        more = f"{len(fields) - told:,} more fields break a rule"
+        fields = {**dict(islice(fields.items(), told)), "": more}
     message = "; ".join(f"{field or 'request'}: {rule}" for field, rule in fields.items())
     return Refusal(ErrorReason.ERROR_REASON_INVALID_REQUEST, message, fields)
 

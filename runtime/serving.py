@@ -5,6 +5,7 @@ import inspect
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar, cast
 
 import grpc
@@ -19,17 +20,23 @@ from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 from prometheus_client import REGISTRY
 
+from runtime import wire
 from runtime.call_metrics import CallMetrics
+from runtime.wire import InvalidMessage
 
 log = structlog.get_logger()
 
 HandlerT = TypeVar("HandlerT", bound=Callable[..., Any])
 MessageT = TypeVar("MessageT", bound=Message)
+ResultT = TypeVar("ResultT")
 
 # A request above this is refused with a clear error.
 MAX_REQUEST_BYTES = 4 << 20
 # Above this gRPC itself breaks the call off, before the request is in memory.
 _MAX_MESSAGE_BYTES = 16 << 20
+# In a request up to this size there is no room for many entries of a list; one up to the second is checked at once.
+_SMALL_BYTES = 1 << 10
+_QUICKLY_CHECKED_BYTES = 1 << 13
 _DRAIN_SECONDS = 5.0
 
 _OPTIONS = [
@@ -45,16 +52,10 @@ _OPTIONS = [
     ("grpc.keepalive_timeout_ms", 10_000),
 ]
 
+# One thread: what is done there takes turns with the event loop, and two of them would take twice as many.
+_workshop = ThreadPoolExecutor(1, "workshop")
 _calls = CallMetrics()
 REGISTRY.register(_calls)
-
-
-class InvalidMessage(Exception):  # noqa: N818 - the caller's fault, not an error of ours
-    """A request that cannot be read, or breaks the rules of its message; `fields` is path → rule."""
-
-    def __init__(self, fields: Mapping[str, str]) -> None:
-        super().__init__(str(fields))
-        self.fields = fields
 
 
 def checks_itself(handler: HandlerT) -> HandlerT:
@@ -70,16 +71,17 @@ def reads_bytes(handler: HandlerT) -> HandlerT:
 
 
 def read_message(kind: type[MessageT], data: bytes) -> MessageT:
-    """The request, checked against its rules. Raises InvalidMessage."""
+    """The request, or a message in it. Raises InvalidMessage where the bytes are not of that message; its rules are not
+    checked."""
     request = _bounded(kind.FromString)(data)
-    check(request)
+    _check_readable(request)
     return cast(MessageT, request)
 
 
 class _Unreadable(NamedTuple):
-    """Stands for a request whose bytes are too many, or not of its message: the handler's wrapper refuses it."""
+    """Stands for a request that is too much to read, or not of its message: the handler's wrapper refuses it."""
 
-    problem: str
+    fields: Mapping[str, str]
 
 
 def add_service(
@@ -157,7 +159,7 @@ class _Wrapping:
 
     def _wrap(self, method: str, handler: Any) -> Any:
         read, write = _bounded(handler.request_deserializer), _serialize
-        if getattr(handler.stream_stream, "reads_bytes", False):
+        if getattr(handler.stream_stream or handler.stream_unary, "reads_bytes", False):
             read = _bounded(bytes)
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary), read, write)
@@ -169,12 +171,14 @@ class _Wrapping:
 
     def _unary(self, method: str, handler: Any) -> Any:
         times = _calls.times(method)
-        check_first = _check_readable if getattr(handler, "checks_itself", False) else check
+        check_first = not getattr(handler, "checks_itself", False)
 
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             started = time.perf_counter()
             try:
-                check_first(request)
+                _check_readable(request)
+                if check_first:
+                    await _check_apart(request)
                 response = await handler(request, context)
             except asyncio.CancelledError:
                 _calls.ended(method, "CANCELLED")
@@ -205,9 +209,9 @@ class _Wrapping:
     def _stream(self, method: str, handler: Any) -> Any:
         assert inspect.iscoroutinefunction(handler), f"{method} must write to its context"
 
-        async def call(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        async def call(_: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> None:
             try:
-                await handler(_checked(requests), context)
+                await handler(_Requests(context), context)
             except asyncio.CancelledError:
                 _calls.ended(method, "CANCELLED")
                 raise
@@ -218,9 +222,9 @@ class _Wrapping:
         return call
 
     def _collect(self, method: str, handler: Any) -> Any:
-        async def call(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async def call(_: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
-                response = await handler(_checked(requests), context)
+                response = await handler(_Requests(context), context)
             except asyncio.CancelledError:
                 _calls.ended(method, "CANCELLED")
                 raise
@@ -242,13 +246,20 @@ class _Wrapping:
 
 
 def _bounded(deserialize: Callable[[bytes], Message | bytes]) -> Callable[[bytes], Message | bytes | _Unreadable]:
+    # A generated FromString belongs to its class.
+    kind = getattr(deserialize, "__self__", None)
+    descriptor = kind.DESCRIPTOR if kind else None
+
     def read(data: bytes) -> Message | bytes | _Unreadable:
-        if len(data) > MAX_REQUEST_BYTES:
-            return _Unreadable(f"has {len(data):,} bytes; at most {MAX_REQUEST_BYTES:,} are allowed")
+        if len(data) > _SMALL_BYTES:
+            if len(data) > MAX_REQUEST_BYTES:
+                return _Unreadable({"": f"has {len(data):,} bytes; at most {MAX_REQUEST_BYTES:,} are allowed"})
+            if descriptor and (fields := wire.excess(data, descriptor)):
+                return _Unreadable(fields)
         try:
             return deserialize(data)
         except DecodeError:
-            return _Unreadable("is not a valid message of its type")
+            return _Unreadable({"": "is not a valid message of its type"})
 
     return read
 
@@ -259,15 +270,12 @@ def _serialize(response: Message | bytes) -> bytes:
 
 def _check_readable(request: Any) -> None:
     if isinstance(request, _Unreadable):
-        raise InvalidMessage({"": request.problem})
+        raise InvalidMessage(request.fields)
 
 
 def check(request: Any) -> None:
     """Raises InvalidMessage where a request breaks a rule of its message."""
     _check_readable(request)
-    if isinstance(request, bytes):
-        # Whoever asked for bytes checks what it reads in them.
-        return
     try:
         protovalidate.validate(request)
     except protovalidate.ValidationError as error:
@@ -283,10 +291,36 @@ def _fields(broken: Iterable[protovalidate.Violation]) -> Mapping[str, str]:
     return {_path(violation): violation.proto.message for violation in broken}
 
 
-async def _checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
+async def apart(work: Callable[..., ResultT], *arguments: Any) -> ResultT:
+    """What `work` returns, done beside the event loop: for long computations, one after the other."""
+    return await asyncio.get_running_loop().run_in_executor(_workshop, work, *arguments)
+
+
+async def _check_apart(request: Any) -> None:
+    if request.ByteSize() > _QUICKLY_CHECKED_BYTES:
+        await apart(check, request)
+    else:
         check(request)
-        yield request
+
+
+class _Requests:
+    """The requests of a stream, checked. It keeps none: gRPC's own iterator, which keeps the latest until the next one
+    comes, would hold 4 MiB for each stream whose caller waits, or is made to wait."""
+
+    def __init__(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        self._read = context.read
+
+    def __aiter__(self) -> "_Requests":
+        return self
+
+    async def __anext__(self) -> Any:
+        request = await self._read()
+        if request is grpc.aio.EOF:
+            raise StopAsyncIteration
+        _check_readable(request)
+        if not isinstance(request, bytes):
+            await _check_apart(request)
+        return request
 
 
 def _path(violation: protovalidate.Violation) -> str:

@@ -35,6 +35,14 @@ def test_many_violations_are_counted() -> None:
     assert refusal.message.endswith("poll.options[19].label: is empty; request: 980 more fields break a rule")
 
 
+def test_long_rules_do_not_fill_more_than_a_header_holds() -> None:
+    rule = quoted("ö" * 200) + " looks the same as " + quoted("ö" * 200)
+    refusal = invalid_request({f"poll.options[{number}].label": rule for number in range(1000)})
+    assert 1 < len(refusal.fields) < 12
+    assert len(refusal.status().SerializeToString()) * 4 / 3 < 8_000
+    assert len(refusal.status().message) < 2_500
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [("a'b", '"a\'b"'), ("x" * 98, repr("x" * 98)), ("x" * 99, f"'{'x' * 99}…"), ("ö" * 50, f"'{'ö' * 49}…")],

@@ -582,7 +582,7 @@ class VoteRejection(message.Message):
     reason: error_reason_pb2.ErrorReason.ValueType
     """reason is why."""
     message: builtins.str
-    """message says it to a person, in English."""
+    """message says it to a person, in English. Of the rejections of a batch at most 1,000 have one."""
     def __init__(
         self,
         *,
