@@ -162,7 +162,12 @@ class LiveResults:
     async def _read(self, poll_ids: Sequence[UUID]) -> dict[UUID, Found | None]:
         arguments: list[str | int] = [_BATCH_BYTES, *map(str, poll_ids)]
         position, *answer = await self._ask(lambda: self._results(keys=[GENERATION_KEY], args=arguments))
-        log_epoch = epoch_of(position)
+        try:
+            log_epoch = epoch_of(position) if position else ZERO
+        except ValueError:
+            # Nobody knows which history these counters are of: the projector makes them anew.
+            log.error("redis has something else than a position", position=position[:100])
+            return dict.fromkeys(poll_ids)
         return {
             poll_id: _found(log_epoch, version, results)
             for poll_id, version, results in zip(poll_ids, answer[::2], answer[1::2], strict=False)

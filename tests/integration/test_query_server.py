@@ -33,7 +33,7 @@ import projector.views
 from clients.connection import Address, QueryServer
 from clients.watchers import watch as watch_results
 from contracts.freshness import token
-from contracts.live import FIRST_GENERATION, STATUS_KEY, live_channel, live_key
+from contracts.live import FIRST_GENERATION, STATUS_KEY, live_channel, live_key, position_key
 from contracts.log_epoch import NOWHERE
 from contracts.read_database import CHANNEL, VIEWS, announcements, vote_key
 from contracts.status import now
@@ -1061,6 +1061,20 @@ async def test_results_come_from_redis_while_the_read_database_is_being_filled(
     await models.database.execute("DELETE FROM stream_position")
     assert (await get_results(server, poll_id)).version == 5
     assert (await Watch(server, poll_id).next()).version == 5
+
+
+async def test_a_redis_whose_position_cannot_be_read_is_not_read(
+    server: QueryServiceAsyncStub, models: ReadModels
+) -> None:
+    poll_id = await models.poll(version=2)
+    await models.publish(poll_id, 3)
+    for damage in (b"0 0 nonsense", b"\xff\xfe", b"0 0 " + b"x" * 1000):
+        await models.live.set(position_key(FIRST_GENERATION), damage)
+        results = await get_results(server, poll_id)
+        assert (results.version, results.source) == (2, STORED)
+    await models.live.set(position_key(FIRST_GENERATION), "7 8")
+    results = await get_results(server, poll_id)
+    assert (results.version, results.source) == (3, LIVE)
 
 
 EARLIER, LATER = UUID("019ab000-0000-7000-8000-000000000001"), UUID("019ab000-0000-7001-8000-000000000000")

@@ -51,7 +51,8 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     vote, or a retry without the idempotency_key of the first attempt. It does not tell what was chosen.
     """
     ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 9
-    """ERROR_REASON_OVERLOADED: the server's queue is full; nothing was recorded; RESOURCE_EXHAUSTED, with a
+    """ERROR_REASON_OVERLOADED: the server's queue of votes is full, or it sends as many large answers as it can hold, or a
+    watcher takes no messages; nothing was recorded; RESOURCE_EXHAUSTED, with a
     `google.rpc.RetryInfo`.
     """
     ERROR_REASON_STORE_UNAVAILABLE: _ErrorReason.ValueType  # 10
@@ -59,8 +60,9 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     Whether a command took effect is unknown. To repeat a vote is safe, and a command with the same request_id.
     """
     ERROR_REASON_READ_MODEL_BEHIND: _ErrorReason.ValueType  # 11
-    """ERROR_REASON_READ_MODEL_BEHIND: the read model did not reach the asked state within the deadline; UNAVAILABLE, with
-    a `google.rpc.RetryInfo`. The write itself stands.
+    """ERROR_REASON_READ_MODEL_BEHIND: within the deadline the read model did not reach the state that was asked for, or that
+    this server had shown before, or it is still being filled; UNAVAILABLE, with a `google.rpc.RetryInfo`. The write
+    itself stands.
     """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 12
     """ERROR_REASON_INTERNAL: a defect of the server; INTERNAL. The server's log has the details."""
@@ -117,7 +119,8 @@ ERROR_REASON_ALREADY_VOTED: ErrorReason.ValueType  # 8
 vote, or a retry without the idempotency_key of the first attempt. It does not tell what was chosen.
 """
 ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 9
-"""ERROR_REASON_OVERLOADED: the server's queue is full; nothing was recorded; RESOURCE_EXHAUSTED, with a
+"""ERROR_REASON_OVERLOADED: the server's queue of votes is full, or it sends as many large answers as it can hold, or a
+watcher takes no messages; nothing was recorded; RESOURCE_EXHAUSTED, with a
 `google.rpc.RetryInfo`.
 """
 ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 10
@@ -125,8 +128,9 @@ ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 10
 Whether a command took effect is unknown. To repeat a vote is safe, and a command with the same request_id.
 """
 ERROR_REASON_READ_MODEL_BEHIND: ErrorReason.ValueType  # 11
-"""ERROR_REASON_READ_MODEL_BEHIND: the read model did not reach the asked state within the deadline; UNAVAILABLE, with
-a `google.rpc.RetryInfo`. The write itself stands.
+"""ERROR_REASON_READ_MODEL_BEHIND: within the deadline the read model did not reach the state that was asked for, or that
+this server had shown before, or it is still being filled; UNAVAILABLE, with a `google.rpc.RetryInfo`. The write
+itself stands.
 """
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 12
 """ERROR_REASON_INTERNAL: a defect of the server; INTERNAL. The server's log has the details."""

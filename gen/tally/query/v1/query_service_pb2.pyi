@@ -33,7 +33,7 @@ class _ResultsSourceEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ResultsS
     RESULTS_SOURCE_LIVE_CACHE: _ResultsSource.ValueType  # 1
     """RESULTS_SOURCE_LIVE_CACHE is the live counters in Redis."""
     RESULTS_SOURCE_READ_DATABASE: _ResultsSource.ValueType  # 2
-    """RESULTS_SOURCE_READ_DATABASE is the read database, used where the live counters have nothing."""
+    """RESULTS_SOURCE_READ_DATABASE is the read database, used where the live counters have nothing or lag behind it."""
 
 class ResultsSource(_ResultsSource, metaclass=_ResultsSourceEnumTypeWrapper):
     """ResultsSource is the store that results come from."""
@@ -43,7 +43,7 @@ RESULTS_SOURCE_UNSPECIFIED: ResultsSource.ValueType  # 0
 RESULTS_SOURCE_LIVE_CACHE: ResultsSource.ValueType  # 1
 """RESULTS_SOURCE_LIVE_CACHE is the live counters in Redis."""
 RESULTS_SOURCE_READ_DATABASE: ResultsSource.ValueType  # 2
-"""RESULTS_SOURCE_READ_DATABASE is the read database, used where the live counters have nothing."""
+"""RESULTS_SOURCE_READ_DATABASE is the read database, used where the live counters have nothing or lag behind it."""
 
 class _ReadModelState:
     ValueType = typing.NewType("ValueType", builtins.int)

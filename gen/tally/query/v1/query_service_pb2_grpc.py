@@ -30,6 +30,12 @@ class QueryServiceStub:
     milliseconds; every answer carries the version that it shows. A `consistency_token` from a command, given as
     `at_least_as_fresh`, makes a query wait until its read model shows that command; past the deadline it fails with
     READ_MODEL_BEHIND. Errors are described by `tally.poll.v1.ErrorReason`.
+
+    Versions of a poll never go backwards at one server: among results (GetResults, BatchGetResults, WatchResults), among
+    the answers about polls and votes (GetPoll, ListPolls, GetVote, ListVoterVotes, GetTurnout), and among documents. While
+    no store has as much as was shown before, or a read model is being filled, a query waits as with a token, and fails with
+    READ_MODEL_BEHIND. From one of the three to another, and from server to server, a token carries what was seen. A restore
+    of the write database begins another log_epoch, in which versions may be smaller and polls may be missing.
     """
 
     def __init__(self, channel):
@@ -95,6 +101,12 @@ class QueryServiceServicer:
     milliseconds; every answer carries the version that it shows. A `consistency_token` from a command, given as
     `at_least_as_fresh`, makes a query wait until its read model shows that command; past the deadline it fails with
     READ_MODEL_BEHIND. Errors are described by `tally.poll.v1.ErrorReason`.
+
+    Versions of a poll never go backwards at one server: among results (GetResults, BatchGetResults, WatchResults), among
+    the answers about polls and votes (GetPoll, ListPolls, GetVote, ListVoterVotes, GetTurnout), and among documents. While
+    no store has as much as was shown before, or a read model is being filled, a query waits as with a token, and fails with
+    READ_MODEL_BEHIND. From one of the three to another, and from server to server, a token carries what was seen. A restore
+    of the write database begins another log_epoch, in which versions may be smaller and polls may be missing.
     """
 
     def GetPoll(self, request, context):
@@ -121,6 +133,7 @@ class QueryServiceServicer:
 
     def BatchGetResults(self, request, context):
         """BatchGetResults returns the current counts of many polls. One that is not found or hidden fails none of the others.
+        Fails with OVERLOADED while more large answers are under way than the server can hold, as every query may.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -133,7 +146,8 @@ class QueryServiceServicer:
         state and never a backlog. The stream ends with OK once each poll is CERTIFIED or CANCELLED and its last results were
         sent; after UNAVAILABLE, also that of a connection that has served its time, watch again. Fails with POLL_NOT_FOUND,
         and with RESULTS_HIDDEN where one of the polls shows its results AFTER_CLOSE and is not closed: watch again with the
-        token of ClosePoll, or after closes_at.
+        token of ClosePoll, or after closes_at. After a restore of the write database the next results of a poll are those of
+        the new log_epoch, at whichever version; a poll that it does not have ends the stream with POLL_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -245,6 +259,12 @@ class QueryService:
     milliseconds; every answer carries the version that it shows. A `consistency_token` from a command, given as
     `at_least_as_fresh`, makes a query wait until its read model shows that command; past the deadline it fails with
     READ_MODEL_BEHIND. Errors are described by `tally.poll.v1.ErrorReason`.
+
+    Versions of a poll never go backwards at one server: among results (GetResults, BatchGetResults, WatchResults), among
+    the answers about polls and votes (GetPoll, ListPolls, GetVote, ListVoterVotes, GetTurnout), and among documents. While
+    no store has as much as was shown before, or a read model is being filled, a query waits as with a token, and fails with
+    READ_MODEL_BEHIND. From one of the three to another, and from server to server, a token carries what was seen. A restore
+    of the write database begins another log_epoch, in which versions may be smaller and polls may be missing.
     """
 
     @staticmethod

@@ -31,6 +31,12 @@ class QueryServiceStub:
     milliseconds; every answer carries the version that it shows. A `consistency_token` from a command, given as
     `at_least_as_fresh`, makes a query wait until its read model shows that command; past the deadline it fails with
     READ_MODEL_BEHIND. Errors are described by `tally.poll.v1.ErrorReason`.
+
+    Versions of a poll never go backwards at one server: among results (GetResults, BatchGetResults, WatchResults), among
+    the answers about polls and votes (GetPoll, ListPolls, GetVote, ListVoterVotes, GetTurnout), and among documents. While
+    no store has as much as was shown before, or a read model is being filled, a query waits as with a token, and fails with
+    READ_MODEL_BEHIND. From one of the three to another, and from server to server, a token carries what was seen. A restore
+    of the write database begins another log_epoch, in which versions may be smaller and polls may be missing.
     """
 
     @_typing.overload
@@ -46,7 +52,9 @@ class QueryServiceStub:
     shows them AFTER_CLOSE and is not closed.
     """
     BatchGetResults: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.BatchGetResultsRequest, _query_service_pb2.BatchGetResultsResponse]
-    """BatchGetResults returns the current counts of many polls. One that is not found or hidden fails none of the others."""
+    """BatchGetResults returns the current counts of many polls. One that is not found or hidden fails none of the others.
+    Fails with OVERLOADED while more large answers are under way than the server can hold, as every query may.
+    """
     WatchResults: _grpc.UnaryStreamMultiCallable[_query_service_pb2.WatchResultsRequest, _query_service_pb2.WatchResultsResponse]
     """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow, and one comes
     twice only where its counts were corrected by a rebuild; for that to hold across streams too, give the last
@@ -54,7 +62,8 @@ class QueryServiceStub:
     state and never a backlog. The stream ends with OK once each poll is CERTIFIED or CANCELLED and its last results were
     sent; after UNAVAILABLE, also that of a connection that has served its time, watch again. Fails with POLL_NOT_FOUND,
     and with RESULTS_HIDDEN where one of the polls shows its results AFTER_CLOSE and is not closed: watch again with the
-    token of ClosePoll, or after closes_at.
+    token of ClosePoll, or after closes_at. After a restore of the write database the next results of a poll are those of
+    the new log_epoch, at whichever version; a poll that it does not have ends the stream with POLL_NOT_FOUND.
     """
     GetVote: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.GetVoteRequest, _query_service_pb2.GetVoteResponse]
     """GetVote tells that a voter has voted, and the receipt's id; not when, which would tell what was chosen. Fails with
@@ -83,6 +92,12 @@ class QueryServiceAsyncStub(QueryServiceStub):
     milliseconds; every answer carries the version that it shows. A `consistency_token` from a command, given as
     `at_least_as_fresh`, makes a query wait until its read model shows that command; past the deadline it fails with
     READ_MODEL_BEHIND. Errors are described by `tally.poll.v1.ErrorReason`.
+
+    Versions of a poll never go backwards at one server: among results (GetResults, BatchGetResults, WatchResults), among
+    the answers about polls and votes (GetPoll, ListPolls, GetVote, ListVoterVotes, GetTurnout), and among documents. While
+    no store has as much as was shown before, or a read model is being filled, a query waits as with a token, and fails with
+    READ_MODEL_BEHIND. From one of the three to another, and from server to server, a token carries what was seen. A restore
+    of the write database begins another log_epoch, in which versions may be smaller and polls may be missing.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -95,7 +110,9 @@ class QueryServiceAsyncStub(QueryServiceStub):
     shows them AFTER_CLOSE and is not closed.
     """
     BatchGetResults: _aio.UnaryUnaryMultiCallable[_query_service_pb2.BatchGetResultsRequest, _query_service_pb2.BatchGetResultsResponse]  # type: ignore[assignment]
-    """BatchGetResults returns the current counts of many polls. One that is not found or hidden fails none of the others."""
+    """BatchGetResults returns the current counts of many polls. One that is not found or hidden fails none of the others.
+    Fails with OVERLOADED while more large answers are under way than the server can hold, as every query may.
+    """
     WatchResults: _aio.UnaryStreamMultiCallable[_query_service_pb2.WatchResultsRequest, _query_service_pb2.WatchResultsResponse]  # type: ignore[assignment]
     """WatchResults sends the current results of each poll, then newer ones as they come. Versions only grow, and one comes
     twice only where its counts were corrected by a rebuild; for that to hold across streams too, give the last
@@ -103,7 +120,8 @@ class QueryServiceAsyncStub(QueryServiceStub):
     state and never a backlog. The stream ends with OK once each poll is CERTIFIED or CANCELLED and its last results were
     sent; after UNAVAILABLE, also that of a connection that has served its time, watch again. Fails with POLL_NOT_FOUND,
     and with RESULTS_HIDDEN where one of the polls shows its results AFTER_CLOSE and is not closed: watch again with the
-    token of ClosePoll, or after closes_at.
+    token of ClosePoll, or after closes_at. After a restore of the write database the next results of a poll are those of
+    the new log_epoch, at whichever version; a poll that it does not have ends the stream with POLL_NOT_FOUND.
     """
     GetVote: _aio.UnaryUnaryMultiCallable[_query_service_pb2.GetVoteRequest, _query_service_pb2.GetVoteResponse]  # type: ignore[assignment]
     """GetVote tells that a voter has voted, and the receipt's id; not when, which would tell what was chosen. Fails with
@@ -131,6 +149,12 @@ class QueryServiceServicer(metaclass=_abc_1.ABCMeta):
     milliseconds; every answer carries the version that it shows. A `consistency_token` from a command, given as
     `at_least_as_fresh`, makes a query wait until its read model shows that command; past the deadline it fails with
     READ_MODEL_BEHIND. Errors are described by `tally.poll.v1.ErrorReason`.
+
+    Versions of a poll never go backwards at one server: among results (GetResults, BatchGetResults, WatchResults), among
+    the answers about polls and votes (GetPoll, ListPolls, GetVote, ListVoterVotes, GetTurnout), and among documents. While
+    no store has as much as was shown before, or a read model is being filled, a query waits as with a token, and fails with
+    READ_MODEL_BEHIND. From one of the three to another, and from server to server, a token carries what was seen. A restore
+    of the write database begins another log_epoch, in which versions may be smaller and polls may be missing.
     """
 
     @_abc_1.abstractmethod
@@ -165,7 +189,9 @@ class QueryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _query_service_pb2.BatchGetResultsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_query_service_pb2.BatchGetResultsResponse, _abc.Awaitable[_query_service_pb2.BatchGetResultsResponse]]:
-        """BatchGetResults returns the current counts of many polls. One that is not found or hidden fails none of the others."""
+        """BatchGetResults returns the current counts of many polls. One that is not found or hidden fails none of the others.
+        Fails with OVERLOADED while more large answers are under way than the server can hold, as every query may.
+        """
 
     @_abc_1.abstractmethod
     def WatchResults(
@@ -179,7 +205,8 @@ class QueryServiceServicer(metaclass=_abc_1.ABCMeta):
         state and never a backlog. The stream ends with OK once each poll is CERTIFIED or CANCELLED and its last results were
         sent; after UNAVAILABLE, also that of a connection that has served its time, watch again. Fails with POLL_NOT_FOUND,
         and with RESULTS_HIDDEN where one of the polls shows its results AFTER_CLOSE and is not closed: watch again with the
-        token of ClosePoll, or after closes_at.
+        token of ClosePoll, or after closes_at. After a restore of the write database the next results of a poll are those of
+        the new log_epoch, at whichever version; a poll that it does not have ends the stream with POLL_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod
