@@ -1068,7 +1068,7 @@ async def test_a_redis_whose_position_cannot_be_read_is_not_read(
 ) -> None:
     poll_id = await models.poll(version=2)
     await models.publish(poll_id, 3)
-    for damage in (b"0 0 nonsense", b"\xff\xfe", b"0 0 " + b"x" * 1000):
+    for damage in (b"0 0 nonsense", b"0 0 " + b"x" * 1000):
         await models.live.set(position_key(FIRST_GENERATION), damage)
         results = await get_results(server, poll_id)
         assert (results.version, results.source) == (2, STORED)
