@@ -8,7 +8,7 @@ PROTOS := $(shell cd protos && find tally -name '*.proto' | sort)
 SERVICES := $(shell cd protos && find tally -name '*_service.proto' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up demo test bench bench-quick generate generate/verify verify format lint lock release-contract
+.PHONY: help setup up demo test fuzz bench bench-quick generate generate/verify verify format lint lock release-contract
 
 help: ## list the targets
 	@grep -hE '^[a-z/-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ demo: setup ## count a real election of 80,101 ballots, end to end
 
 test: setup ## unit, integration and contract tests against real servers
 	pytest
+
+fuzz: setup ## fuzz the compiled code with sanitizers, for SECONDS (60)
+	python tools/fuzz_ballots.py $(or $(SECONDS),60)
 
 bench-quick: setup ## run every benchmark once and small, only to see that it runs
 	python -m benchmarks --quick --output build/bench-quick.jsonl

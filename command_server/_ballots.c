@@ -187,12 +187,15 @@ static PyObject *envelope(PyObject *module, PyObject *request) {
     Span rest = {data, data + PyBytes_GET_SIZE(request)}, poll_id = {data, data}, key = {data, data}, vote;
     uint64_t sequence = 0;
     Py_ssize_t votes = 0;
+    /* A text that comes twice is left to protobuf: the last one counts, but each has to be valid. */
+    int poll_ids = 0, keys = 0;
     while (rest.at < rest.end) {
         uint8_t tag = *rest.at++;
         if (tag == VOTES && take_span(&rest, &vote))
             votes++;
-        else if (!(tag == POLL_ID && take_span(&rest, &poll_id)) && !(tag == BATCH_SEQUENCE && take_number(&rest, &sequence))
-                 && !(tag == IDEMPOTENCY_KEY && take_span(&rest, &key)))
+        else if (!(tag == POLL_ID && !poll_ids++ && take_span(&rest, &poll_id))
+                 && !(tag == BATCH_SEQUENCE && take_number(&rest, &sequence))
+                 && !(tag == IDEMPOTENCY_KEY && !keys++ && take_span(&rest, &key)))
             Py_RETURN_NONE;
     }
     if (!is_ascii(poll_id) || !is_ascii(key) || size_of(key) > MAX_IDEMPOTENCY_KEY_BYTES)

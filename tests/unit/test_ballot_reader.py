@@ -131,6 +131,8 @@ def test_unusual_encodings_are_left_to_protobuf() -> None:
     assert READER.envelope(b"\x12\x02\xc3\xb6") is None
     assert READER.envelope(b"\x22\x02\xc3\xb6") is None
     assert READER.envelope(b"\x22\x41" + b"k" * 65) is None
+    for text in (b"\x12\x01\xc3\x12\x01p", b"\x22\x01\xc3\x22\x01k"):
+        assert READER.envelope(text + b"\x1a" + bytes([len(vote)]) + vote) is None, "protobuf refuses the first text"
     with pytest.raises(ValueError, match="envelope"):
         READER.mark(b"\x1a\x7f", MARKINGS)
 
