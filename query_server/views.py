@@ -120,6 +120,7 @@ class Views:
 
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
+        self._turns = asyncio.Lock()
 
     async def poll(self, poll_id: UUID) -> tuple[LogPosition, Poll | None]:
         """A poll; None if there is none."""
@@ -149,7 +150,10 @@ class Views:
         versions = [position.version for position in known.values()]
         rows = await self._fetch_full(sql.newer_results, list(known), epochs, versions)
         none = Found(LogPosition(rows[0]["log_epoch"], 0), None)
-        found, pace = {poll_id: none for poll_id, position in known.items() if position < none.position}, Pace()
+        found, pace = (
+            {poll_id: none for poll_id, position in known.items() if position < none.position},
+            Pace(self._turns),
+        )
         for row in rows:
             if row["poll_id"]:
                 found[row["poll_id"]] = Found(_position(row), _results(row))
@@ -176,7 +180,7 @@ class Views:
         page = ListPollsResponse()
         async with self._connection() as connection, connection.transaction():
             rows = await connection.cursor(query, *arguments)
-            page.next_page_token, positions = await _fill(page.polls, limit, _poll, rows, listed)
+            page.next_page_token, positions = await _fill(page.polls, limit, _poll, rows, listed, Pace(self._turns))
         return page, positions
 
     @_persistent
@@ -203,7 +207,9 @@ class Views:
                 after.poll_id,
                 limit + 1,
             )
-            page.next_page_token, positions = await _fill(page.votes, limit, _voter_vote, votes, listed)
+            page.next_page_token, positions = await _fill(
+                page.votes, limit, _voter_vote, votes, listed, Pace(self._turns)
+            )
         return _position(row), page, positions
 
     @_persistent
@@ -285,10 +291,11 @@ async def _fill(
     element_of: Callable[[Any], Element],
     rows: Any,
     listed: bytes,
+    pace: Pace,
 ) -> tuple[str, dict[UUID, LogPosition]]:
     """Makes an element of each row that a cursor has, up to `limit` or what an answer can hold; returns the token for
     the rows that are left, "" if none are, and how far each poll is."""
-    size, last, pace = 0, _FIRST_PAGE, Pace()
+    size, last = 0, _FIRST_PAGE
     positions: dict[UUID, LogPosition] = {}
     batch = _full(await rows.fetch(_FIRST_ROWS))
     while batch:

@@ -446,6 +446,7 @@ class Watchers:
 
     async def _read_redis(self) -> None:
         """Reads topics that are new, were joined anew, or that Redis does not tell about; else the views are asked."""
+        turns = asyncio.Lock()
         while True:
             topics = await self._unread_in_redis.take()
             before = [(topic.channel in self._subscriptions, topic.results) for topic in topics]
@@ -455,7 +456,7 @@ class Watchers:
                 if not isinstance(error, FAILURES):
                     log.exception("defect")
                 found = {}
-            pace = Pace()
+            pace = Pace(turns)
             for topic, (was_joined, known) in zip(topics, before, strict=True):
                 counters = found.get(topic.poll_id)
                 has_results = bool(counters and counters.results and self._offer(topic, counters.results, known))
