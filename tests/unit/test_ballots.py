@@ -285,3 +285,11 @@ def test_choices_that_look_the_same_are_refused_or_merged_into_the_first_or_the_
     named = BallotFile(path, ("choice",), "id", options=("no", "Yes"), merge_similar=True)
     assert named.survey().choices == {"no": 1, "Yes": 4}
     assert [ballot[2] for ballot in read(named)] == [["Yes"], ["Yes"], ["no"], ["Yes"], ["Yes"]]
+
+
+def test_the_example_of_the_documentation_is_what_is_printed(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write('Timestamp,Email Address,Dates\n1,a@x,"Mon, Tue"\n2,b@x,Tue\n3,c@x,tue\n')
+    example = Path("docs/files.md").read_text().split("```\n")[1].splitlines()
+    monkeypatch.chdir(path.parent)
+    file = BallotFile(Path("votes.csv"), ("Dates",), "Email Address")
+    assert file.understood(file.survey()) == example[1:-1]
