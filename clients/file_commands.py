@@ -36,6 +36,7 @@ from clients.voters import RollFile
 
 _INTERRUPTED = 130
 _SOME_REJECTED = 3
+_OTHER_WEIGHTS = 3
 
 
 def _delimiter(text: str) -> str:
@@ -256,8 +257,8 @@ def register(
 
     To register the same voters again, after whatever happened, is safe: they stay on the roll, with their first weight.
 
-    Exit code: 0 if everybody is on the roll, 1 after an error or if the file is suspicious, 2 for wrong usage, 130 if
-    interrupted.
+    Exit code: 0 if everybody is on the roll, 3 if voters are on it with another weight than the file gives them, 1
+    after an error or if the file is suspicious, 2 for wrong usage, 130 if interrupted.
     """
     if weight_column and not voter_column:
         raise typer.BadParameter("--weight-column needs --voter-column")
@@ -284,9 +285,14 @@ def register(
         print_json({"poll_id": poll, **plain(response), **counts})
     else:
         registered = {"registered": response.registered, "already_registered": response.already_registered}
+        if response.other_weights:
+            registered["other_weights"] = response.other_weights
         print_fields({"poll_id": poll, **{name: f"{count:,}" for name, count in registered.items()}})
     if registration.attempts > 1:
         say("the connection was lost: those registered before that count as already registered")
+    if response.other_weights:
+        say(f"{response.other_weights:,} voters stay on the roll with another weight than the file gives them")
+        sys.exit(_OTHER_WEIGHTS)
 
 
 def _say_understood(lines: list[str]) -> None:

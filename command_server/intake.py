@@ -120,7 +120,7 @@ class Intake:
         response, poll_id = pb.RegisterVotersResponse(), ""
         with self._open_stream():
             while (data := await anext(requests, None)) is not None:
-                request, weights, voters = await self._read_voters(data)
+                request, weights, voters, others = await self._read_voters(data)
                 del data
                 if poll_id not in ("", request.poll_id):
                     raise InvalidMessage({"poll_id": "must be the same in all requests of a call"})
@@ -128,6 +128,7 @@ class Intake:
                 registered = await self._roll.register(UUID(poll_id), weights)
                 response.registered += registered.voters
                 response.already_registered += voters - registered.voters
+                response.other_weights += registered.other_weights + others
                 response.consistency_token = token(UUID(poll_id), registered.version, registered.log_epoch)
         return response
 
@@ -201,14 +202,16 @@ class Intake:
             ballot += keyed(self._voters.idempotency_hash(voter_key, idempotency_key))
         return ballot
 
-    async def _read_voters(self, data: bytes) -> tuple[pb.RegisterVotersRequest, dict[bytes, int], int]:
-        """The request without its voters, voter key → weight, and the number of voters as they came."""
+    async def _read_voters(self, data: bytes) -> tuple[pb.RegisterVotersRequest, dict[bytes, int], int, int]:
+        """The request without its voters, voter key → weight, the number of voters as they came, and of those who came
+        again with another weight."""
         async with self._reading:
             pauses = Pauses()
             rest, entries = await wire.split(data, pb.RegisterVotersRequest.DESCRIPTOR, "voters", pauses)
             request = read_message(pb.RegisterVotersRequest, rest)
             check(pb.RegisterVotersRequest(poll_id=request.poll_id, voters=[pb.Voter()] * min(len(entries), 1)))
             weights: dict[bytes, int] = {}
+            others = 0
             broken: dict[str, str] = {}
             for index, entry in enumerate(entries):
                 voter = _read_entry(pb.Voter, entry)
@@ -220,11 +223,12 @@ class Intake:
                     break
                 if not broken:
                     # The first of several entries for one voter is the one that counts.
-                    weights.setdefault(self._voters.voter_key(voter.voter_id), voter.weight or 1)
+                    key, weight = self._voters.voter_key(voter.voter_id), voter.weight or 1
+                    others += weights.setdefault(key, weight) != weight
                 await pauses.pause()
             if broken:
                 raise InvalidMessage(broken)
-        return request, weights, len(entries)
+        return request, weights, len(entries), others
 
 
 def deadline_of(context: "grpc.aio.ServicerContext[Any, Any]") -> float:

@@ -101,6 +101,10 @@ SELECT weight, ballot_key FROM unnest($1::integer[], $2::uuid[]) AS voter (weigh
 ON CONFLICT DO NOTHING
 RETURNING weight
 
+-- count_other_weights: how many of these voters are on the roll with another weight
+SELECT count(*) FROM unnest($1::integer[], $2::uuid[]) AS voter (weight, ballot_key) JOIN roll USING (ballot_key)
+WHERE roll.weight <> voter.weight
+
 -- lead: whether this session is the one that takes care of all polls; it stays so until it ends
 SELECT pg_try_advisory_lock($1)
 

@@ -19,9 +19,11 @@ _REGISTER_SECONDS = 30.0
 
 
 class Registered(NamedTuple):
-    """How many voters a batch added to the roll, and the poll's version after it, in this epoch of the log."""
+    """How many voters a batch added to the roll, how many it gave another weight than the roll has, and the poll's
+    version after it, in this epoch of the log."""
 
     voters: int
+    other_weights: int
     version: int
     log_epoch: UUID
 
@@ -43,11 +45,11 @@ class Roll:
             poll = await connection.fetchrow(sql.find_poll, poll_id)
             if poll is None:
                 raise poll_not_found(poll_id)
-            rows = await connection.fetch(
-                sql.register_voters, [weights[key] for key in keys], [ballot_key(poll["poll_no"], key) for key in keys]
-            )
+            voters = [weights[key] for key in keys], [ballot_key(poll["poll_no"], key) for key in keys]
+            rows = await connection.fetch(sql.register_voters, *voters)
+            others = await connection.fetchval(sql.count_other_weights, *voters) if len(rows) < len(keys) else 0
             locked = await lock(connection, poll_id)
             # Also where nothing was added: the decision says whether this poll has a roll, and takes voters now.
             change = register_voters(len(rows), sum(row["weight"] for row in rows))(locked.poll)
             version = await append(connection, locked, change) if rows else locked.version
-            return Registered(len(rows), version, locked.log_epoch)
+            return Registered(len(rows), others, version, locked.log_epoch)

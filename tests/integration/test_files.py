@@ -354,6 +354,18 @@ async def test_a_roll_of_spellings_registers_each_person_once_who_votes_by_the_p
     assert (await refused(other)).reason == "INVALID_REQUEST"
 
 
+async def test_a_list_with_other_weights_than_the_roll_has_is_told(system: System, write: Write) -> None:
+    poll_id = await with_roll(system)
+    arguments = ("--voter-column", "id", "--weight-column", "weight")
+    first = await tally(system, "register", poll_id, str(write("id,weight\nada,3\nbob,1\n")), *arguments)
+    assert first.code == 0, first
+    second = await tally(system, "register", poll_id, str(write("id,weight\nada,35\nbob,1\neve,2\n")), *arguments)
+    assert second.code == 3, second
+    assert second.err.splitlines()[-1] == "1 voters stay on the roll with another weight than the file gives them"
+    again = await tally(system, "register", poll_id, str(write("id,weight\nada,3\neve,2\n")), *arguments)
+    assert again.code == 0, again
+
+
 @pytest.mark.parametrize(
     ("content", "arguments", "told", "accepted"),
     [

@@ -135,3 +135,27 @@ async def test_labels_that_differ_in_what_is_seen_are_kept_as_they_are(system: S
     request = query.GetPollRequest(poll_id=created.poll_id, at_least_as_fresh=created.consistency_token)
     poll = (await system.query.GetPoll(request, timeout=10)).poll
     assert {option.option_id: option.label for option in poll.options} == labels
+
+
+async def test_another_weight_than_the_roll_has_is_counted_wherever_it_comes(system: System) -> None:
+    poll_id = await open_poll(system, eligibility=ELIGIBILITY_ROLL)
+
+    async def register(*requests: list[tuple[str, int]]) -> tuple[int, int, int]:
+        batches = [
+            command.RegisterVotersRequest(
+                poll_id=poll_id, voters=[command.Voter(voter_id=voter_id, weight=weight) for voter_id, weight in voters]
+            )
+            for voters in requests
+        ]
+        response = await system.command.RegisterVoters(iter(batches))
+        return response.registered, response.already_registered, response.other_weights
+
+    assert await register([("ada", 3), ("bob", 1), ("ada", 35), ("bob", 0)]) == (2, 2, 1)
+    assert await register([("ada", 3), ("bob", 0)]) == (0, 2, 0)
+    assert await register([("ada", 35), ("eve", 2)], [("eve", 3), ("bob", 1)]) == (1, 3, 2)
+    # The first weight counts.
+    cast_vote = command.CastVoteRequest(poll_id=poll_id, voter_id="ada", option_ids=["y"])
+    token = (await system.command.CastVote(cast_vote)).consistency_token
+    request = query.GetResultsRequest(poll_id=poll_id, at_least_as_fresh=token)
+    results = (await system.query.GetResults(request, timeout=10)).results
+    assert [option.count for option in results.counts] == [3, 0]

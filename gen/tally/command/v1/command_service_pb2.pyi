@@ -369,22 +369,28 @@ class RegisterVotersResponse(message.Message):
     REGISTERED_FIELD_NUMBER: builtins.int
     ALREADY_REGISTERED_FIELD_NUMBER: builtins.int
     CONSISTENCY_TOKEN_FIELD_NUMBER: builtins.int
+    OTHER_WEIGHTS_FIELD_NUMBER: builtins.int
     registered: builtins.int
     """registered is how many voters this call added to the roll."""
     already_registered: builtins.int
     """already_registered is how many were on the roll before, or came twice; they keep their first weight."""
     consistency_token: builtins.str
     """consistency_token can be given to a query as at_least_as_fresh, to read this command's effect; opaque."""
+    other_weights: builtins.int
+    """other_weights is how many of the already registered ones came with another weight than the roll has: a voter came
+    with two weights, or was registered before from a list with other ones.
+    """
     def __init__(
         self,
         *,
         registered: builtins.int = ...,
         already_registered: builtins.int = ...,
         consistency_token: builtins.str = ...,
+        other_weights: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["already_registered", b"already_registered", "consistency_token", b"consistency_token", "registered", b"registered"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["already_registered", b"already_registered", "consistency_token", b"consistency_token", "other_weights", b"other_weights", "registered", b"registered"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
