@@ -97,6 +97,8 @@ def troubles_of(answer: GetReadModelStatusResponse, max_behind: float) -> Iterat
         name = f"outbox {shard.shard}" if shard.shards > 1 else "outbox"
         if not is_fresh(shard.reported_at, at):
             yield f"{name}: {_silence('the relay', shard.reported_at, at)}"
+        elif shard.problem:
+            yield f"{name}: nothing is published: {shard.problem}"
         elif shard.oldest_seconds > max_behind:
             yield f"{name}: {shard.events:,} events wait, the first for {shard.oldest_seconds:,.1f} s"
     if not answer.outbox or len(answer.outbox) < answer.outbox[0].shards:

@@ -65,6 +65,12 @@ class Backlog:
     async def report(self, bus: Client) -> None:
         """Tells the projectors each second, until cancelled. A report that is lost is followed by another one."""
         while True:
-            if self._status:
-                await bus.publish(outbox_report_subject(self._shard), self._status.SerializeToString())
+            await self.report_once(bus)
             await asyncio.sleep(REPORT_SECONDS)
+
+    async def report_once(self, bus: Client, problem: str = "") -> None:
+        """Tells the projectors, also why nothing is published."""
+        if self._status:
+            report = OutboxStatus(problem=problem)
+            report.MergeFrom(self._status)
+            await bus.publish(outbox_report_subject(self._shard), report.SerializeToString())

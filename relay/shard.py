@@ -14,7 +14,7 @@ import asyncpg
 import structlog
 from prometheus_client import Counter, Gauge
 
-from contracts.bus import MAX_EVENT_BYTES, EventHeaders
+from contracts.bus import EventHeaders
 from relay import outbox
 from relay.backlog import Backlog
 from relay.comparison import Comparison
@@ -102,19 +102,17 @@ class Shard:
             nats.connect(self._nats_url, application=f"relay {self._shard}") as connection,
             outbox.connect(self._write_dsn, self._shard, self._shards) as events,
         ):
-            if connection.max_payload < MAX_EVENT_BYTES:
-                # Better no event at all, and everybody hears of it, than one that blocks all behind it some day.
-                raise Unusable(
-                    f"NATS refuses messages above {connection.max_payload:,} bytes: set its max_payload to at least"
-                    f" {MAX_EVENT_BYTES:,}"
-                )
             while not await events.lead():
                 self._ready()
                 await asyncio.sleep(_STANDBY_SECONDS)
                 if stop.is_set():
                     return
             stream = Stream(connection, self._shard)
-            await stream.ensure()
+            try:
+                await stream.ensure()
+            except Unusable as problem:
+                await self._backlog.report_once(connection, str(problem))
+                raise
             epoch = await self._history.agree(stream)
             repair = Repair(self._pool, connection, self._shard, self._shards)
             comparison = Comparison(self._pool, stream, self._history, epoch, self._shard, self._shards)

@@ -136,6 +136,12 @@ class Stream:
 
         Raises Unusable where they would lose events that were not read, or refuse new ones.
         """
+        if self._connection.max_payload < MAX_EVENT_BYTES:
+            # Better no event at all, and everybody hears of it, than one that blocks all behind it some day.
+            raise Unusable(
+                f"NATS refuses messages above {self._connection.max_payload:,} bytes: set its max_payload to at least"
+                f" {MAX_EVENT_BYTES:,}"
+            )
         async with asyncio.timeout(_SECONDS):
             try:
                 info = await self._jetstream.stream_info(STREAM)

@@ -30,6 +30,7 @@ from nats.js.api import (
 from nats.js.errors import NotFoundError
 from structlog.testing import capture_logs
 from tally.event.v1.event_pb2 import Event
+from tally.query.v1.query_service_pb2 import OutboxStatus
 
 import relay.comparison
 import relay.stream
@@ -433,9 +434,18 @@ async def test_a_stream_that_would_lose_or_refuse_events_is_refused_in_words(
 
             await eventually(refused)
             assert await log.waiting() == 2
+            # The status tells it, too.
+            reports = await bus.subscribe("tally.outbox.0")
+            report = OutboxStatus.FromString((await reports.next_msg(timeout=5)).data)
+            assert words in report.problem
             # An operator makes another one.
             await stream.delete_stream(STREAM)
             await drained(log)
+
+            async def well() -> None:
+                assert OutboxStatus.FromString((await reports.next_msg(timeout=5)).data).problem == ""
+
+            await eventually(well)
 
 
 @pytest.mark.parametrize(

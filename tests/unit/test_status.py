@@ -57,6 +57,11 @@ def behind(model: ReadModelStatus) -> tuple[int | None, float | None]:
     )
 
 
+def test_why_a_relay_publishes_nothing_is_said() -> None:
+    refusing = answer(report(outbox=[outbox(events=3, oldest_seconds=20.0, problem="set discard to old")]))
+    assert "outbox: nothing is published: set discard to old" in troubles_of(refusing, 10)
+
+
 def test_what_waits_in_the_outbox_and_in_the_stream_is_behind() -> None:
     there = answer(report())
     assert behind(there.read_models[0]) == (0, 0.0)

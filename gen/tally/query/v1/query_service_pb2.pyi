@@ -810,6 +810,7 @@ class OutboxStatus(message.Message):
     OLDEST_SECONDS_FIELD_NUMBER: builtins.int
     REPORTED_AT_FIELD_NUMBER: builtins.int
     LOG_EPOCH_FIELD_NUMBER: builtins.int
+    PROBLEM_FIELD_NUMBER: builtins.int
     shard: builtins.int
     """shard is the number of the shard, from 0."""
     shards: builtins.int
@@ -817,9 +818,11 @@ class OutboxStatus(message.Message):
     events: builtins.int
     """events is how many events wait to be published."""
     oldest_seconds: builtins.float
-    """oldest_seconds is how long the first of them had waited; absent where none does."""
+    """oldest_seconds is how long the first of them had waited that was never published; absent where there is none."""
     log_epoch: builtins.str
     """log_epoch names the history of the event log, a UUID; empty: the log is older than epochs."""
+    problem: builtins.str
+    """problem says what an operator has to change before the relay can publish anything; empty: nothing."""
     @builtins.property
     def reported_at(self) -> timestamp_pb2.Timestamp:
         """reported_at is when the relay said so; it does so each second, while it reaches NATS."""
@@ -833,10 +836,11 @@ class OutboxStatus(message.Message):
         oldest_seconds: builtins.float | None = ...,
         reported_at: timestamp_pb2.Timestamp | None = ...,
         log_epoch: builtins.str = ...,
+        problem: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_oldest_seconds", b"_oldest_seconds", "oldest_seconds", b"oldest_seconds", "reported_at", b"reported_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_oldest_seconds", b"_oldest_seconds", "events", b"events", "log_epoch", b"log_epoch", "oldest_seconds", b"oldest_seconds", "reported_at", b"reported_at", "shard", b"shard", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_oldest_seconds", b"_oldest_seconds", "events", b"events", "log_epoch", b"log_epoch", "oldest_seconds", b"oldest_seconds", "problem", b"problem", "reported_at", b"reported_at", "shard", b"shard", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__oldest_seconds: _TypeAlias = typing.Literal["oldest_seconds"]  # noqa: Y015
     _WhichOneofArgType__oldest_seconds: _TypeAlias = typing.Literal["_oldest_seconds", b"_oldest_seconds"]  # noqa: Y015
