@@ -35,6 +35,8 @@ _LAG_SECONDS = 1.0
 # Heads are queued only while no more events than this wait: new votes wait behind them.
 _WAITING_EVENTS = CHUNK_EVENTS
 _PAUSE_SECONDS = 0.02
+# The polls that are looked at again before their turn comes; of more, those that come first.
+_UNSETTLED_POLLS = 10_000
 
 _compared = Counter("tally_relay_compared_polls", "Polls whose latest event was looked up on the stream.", ["shard"])
 _progress = Gauge("tally_relay_comparison_progress", "Part of the polls that is compared, from 0 to 1.", ["shard"])
@@ -104,9 +106,13 @@ class Comparison:
             page = unsettled[start : start + _PAGE_POLLS]
             await self._compare(await self._pool.fetch(sql.polls, page))
 
+    def _look_later(self, polls: Sequence[asyncpg.Record]) -> None:
+        if len(self._unsettled) < _UNSETTLED_POLLS:
+            self._unsettled.update(poll["poll_no"] for poll in polls)
+
     async def _compare(self, polls: Sequence[asyncpg.Record]) -> int:
         """Queues the latest event of each of these polls that the stream lacks; how many these were."""
-        self._unsettled.update(poll["poll_no"] for poll in polls if not poll["settled"])
+        self._look_later([poll for poll in polls if not poll["settled"]])
         behind = await self._behind([poll for poll in polls if poll["settled"]])
         if behind and self._stream.is_replicated:
             await asyncio.sleep(_LAG_SECONDS)
@@ -115,11 +121,11 @@ class Comparison:
         _compared.labels(self._shard).inc(len(polls))
         if not behind:
             return 0
-        while await self._pool.fetchval(sql.is_busy, _WAITING_EVENTS):
+        while await self._pool.fetchval(sql.is_busy, self._shards, self._shard, _WAITING_EVENTS):
             await asyncio.sleep(_PAUSE_SECONDS)
         queued: int = await self._pool.fetchval(sql.queue_heads, [poll["poll_no"] for poll in behind])
         # Until it is seen that they are there.
-        self._unsettled.update(poll["poll_no"] for poll in behind)
+        self._look_later(behind)
         _lost_tails.inc(queued)
         return queued
 

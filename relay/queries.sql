@@ -85,8 +85,8 @@ ORDER BY poll_no
 -- last_poll_no: how far the numbers of polls go
 SELECT coalesce(max(poll_no), 0) FROM polls
 
--- is_busy: whether more events than this wait in the outbox
-SELECT EXISTS (SELECT FROM outbox OFFSET $1 LIMIT 1)
+-- is_busy: whether more events than this wait in the outbox of a shard
+SELECT EXISTS (SELECT FROM outbox WHERE poll_no % $1::integer = $2::integer OFFSET $3 LIMIT 1)
 
 -- queue_heads: the latest event of each of these polls, in order behind all others; how many. A poll that is locked gets
 -- an event of its own at this moment.

@@ -305,3 +305,27 @@ async def test_a_hundred_pages_are_compared_and_progress_is_told(
     assert told == sorted(told)
     assert told
     await pool.close()
+
+
+async def test_a_shard_whose_relay_is_away_keeps_no_other_from_being_repaired(
+    log: EventLog, write_dsn: str, nats_url: str, bus: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay.comparison, "_WAITING_EVENTS", 3)
+    polls = [await log.poll() for _ in range(4)]
+    async with relaying(write_dsn, nats_url, shards=2):
+        await drained(log)
+    mine = [poll for poll in polls if poll.poll_no % 2 == 0]
+    for poll in polls:
+        if poll not in mine:
+            for _ in range(5):
+                await log.cast(poll)
+    jetstream: JetStreamContext = bus.jetstream()
+    await jetstream.purge_stream(STREAM)
+    pool = await connect_pool(write_dsn, size=2, application="test")
+    stream, history = Stream(bus, 0), History(pool)
+    await stream.ensure()
+    async with asyncio.timeout(10):
+        await Comparison(pool, stream, history, await history.agree(stream), 0, 2).compare_all()
+    await pool.close()
+    queued = await log.connection.fetch("SELECT poll_no, version FROM outbox WHERE again ORDER BY poll_no")
+    assert [tuple(row) for row in queued] == [(poll.poll_no, 2) for poll in mine]
