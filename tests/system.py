@@ -39,15 +39,15 @@ class System:
 
 
 @asynccontextmanager
-async def running_system(directory: Path) -> AsyncIterator[System]:
-    """Starts everything in `directory`, and stops it at the end."""
+async def running_system(directory: Path, **variables: str) -> AsyncIterator[System]:
+    """Starts everything in `directory`, with these environment variables, and stops it at the end."""
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", "from clients.cli import main; main()", "up"),
         *("--data-dir", str(directory), "--command-port", "0", "--query-port", "0"),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
-        env=_ENVIRONMENT,
+        env=_ENVIRONMENT | variables,
         start_new_session=True,
     )
     assert child.stdout
