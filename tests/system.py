@@ -4,15 +4,17 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import grpc
 from tally.command.v1.command_service_pb2_grpc import CommandServiceStub
 from tally.query.v1.query_service_pb2_grpc import QueryServiceStub
 
+REPOSITORY = Path(__file__).parents[1]
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("TALLY_")}
 
 
@@ -39,15 +41,21 @@ class System:
 
 
 @asynccontextmanager
-async def running_system(directory: Path, **variables: str) -> AsyncIterator[System]:
-    """Starts everything in `directory`, with these environment variables, and stops it at the end."""
+async def running_system(
+    directory: Path, variables: Mapping[str, str] = MappingProxyType({}), repository: Path = REPOSITORY
+) -> AsyncIterator[System]:
+    """Starts everything in `directory`, with these environment variables, and stops it at the end.
+
+    `repository` is where the program is.
+    """
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", "from clients.cli import main; main()", "up"),
         *("--data-dir", str(directory), "--command-port", "0", "--query-port", "0"),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
-        env=_ENVIRONMENT | variables,
+        cwd=repository,
+        env={**_ENVIRONMENT, "PYTHONPATH": str(repository), **variables},
         start_new_session=True,
     )
     assert child.stdout
