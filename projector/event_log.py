@@ -26,7 +26,6 @@ _LEAD_PAUSE = 0.1
 
 _SESSION = {
     "application_name": "rebuild",
-    "default_transaction_read_only": "on",
     # Each statement knows its rows by key, however many rows a table has.
     "enable_seqscan": "off",
     "enable_hashjoin": "off",
