@@ -91,10 +91,13 @@ class QueryService(QueryServiceServicer):
         check(request)
         poll_id = UUID(request.poll_id)
         fresh = wanted(request.at_least_as_fresh, [poll_id])
-        least = max(fresh.get(poll_id, NOWHERE), self._answered.position(poll_id))
+        answered = self._answered.position(poll_id)
+        least = max(fresh.get(poll_id, NOWHERE), answered)
         found = self._watchers.current(poll_id)
         if found is None or not reaches(found.position, least):
-            found = await self._find(poll_id, least, patience(context))
+            found = await self._find(poll_id, answered, patience(context))
+        if found and not reaches(found.position, least):
+            found = None
         if found is None:
             # It comes as soon as a store has it.
             async with self._watchers.watch([poll_id], {poll_id: least} if fresh else {}, patience(context)) as watcher:
@@ -110,12 +113,10 @@ class QueryService(QueryServiceServicer):
         return found.results
 
     async def _find(self, poll_id: UUID, least: LogPosition, seconds: float) -> Found | None:
-        """The results that a store has now, None where none has them at `least`."""
+        """The results that a store has now, at `least` if one has them so far; None where none can tell."""
         with suppress(ReadModelBehind):
             async with asyncio.timeout(seconds):
-                found = (await self._live.find_all({poll_id: least}))[poll_id]
-            if reaches(found.position, least):
-                return found
+                return (await self._live.find_all({poll_id: least}))[poll_id]
         return None
 
     async def WatchResults(  # type: ignore[override]  # it writes to its context

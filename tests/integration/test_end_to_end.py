@@ -16,9 +16,11 @@ from tally.command.v1 import command_service_pb2 as command
 from tally.event.v1.event_pb2 import Event
 from tally.poll.v1.poll_pb2 import POLL_STATE_CLOSED, VOTING_METHOD_SINGLE_CHOICE, PollOption, PollSpec
 from tally.query.v1 import query_service_pb2 as query
-from tally.query.v1.query_service_pb2 import RESULTS_SOURCE_LIVE_CACHE, Results
+from tally.query.v1.query_service_pb2 import RESULTS_SOURCE_LIVE_CACHE, RESULTS_SOURCE_READ_DATABASE, Results
 
 from contracts.live import FIRST_GENERATION, live_key
+from contracts.read_models import READ_MODELS
+from tests.processes import eventually
 from tests.servers import sql, views_of, vote_rows
 from tests.system import System
 
@@ -206,6 +208,44 @@ async def first(system: System, request: query.WatchResultsRequest) -> Watching:
             except grpc.aio.AioRpcError as error:
                 if error.code() != grpc.StatusCode.NOT_FOUND:
                     raise
+
+
+async def test_results_go_on_while_the_projector_of_the_live_counters_is_stopped(system: System) -> None:
+    """Redis answers all the same, with what it had."""
+    poll_id = await open_poll(system)
+    await vote(system, poll_id, "before")
+    live = system.pid("projector", list(READ_MODELS).index("live"))
+    watch = system.query.WatchResults(query.WatchResultsRequest(poll_ids=[poll_id]))
+
+    async def watched(votes: int) -> query.Results:
+        results = query.Results()
+        async with asyncio.timeout(15):
+            while results.total_votes < votes:
+                response: Any = await watch.read()
+                results = response.results
+        return results
+
+    async def shows(votes: int, source: query.ResultsSource.ValueType) -> None:
+        results = (await system.query.GetResults(query.GetResultsRequest(poll_id=poll_id))).results
+        assert (results.total_votes, results.source) == (votes, source)
+
+    assert (await watched(1)).total_votes == 1
+    os.kill(live, signal.SIGSTOP)
+    try:
+        await vote(system, poll_id, "meanwhile")
+        await eventually(lambda: shows(2, RESULTS_SOURCE_READ_DATABASE))
+        assert (await watched(2)).source == RESULTS_SOURCE_READ_DATABASE
+    finally:
+        os.kill(live, signal.SIGCONT)
+    await vote(system, poll_id, "after")
+    assert (await watched(3)).total_votes == 3
+    await eventually(lambda: shows(3, RESULTS_SOURCE_LIVE_CACHE))
+    watch.cancel()
+
+
+async def vote(system: System, poll_id: str, voter_id: str) -> None:
+    request = command.CastVoteRequest(poll_id=poll_id, voter_id=voter_id, option_ids=["red"])
+    await patiently(lambda: system.command.CastVote(request))
 
 
 async def test_killing_any_process_loses_and_doubles_nothing(system: System) -> None:
