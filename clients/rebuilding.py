@@ -13,7 +13,7 @@ from contracts.read_models import READ_MODELS
 from projector import event_log
 from projector.__main__ import KINDS
 from projector.event_log import EventLog, Incomplete
-from projector.projection import Displaced
+from projector.read_model import Displaced
 from projector.rebuild import Rebuild, copies
 
 _FAILURES = (*FAILURES, RedisError, Displaced)

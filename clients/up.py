@@ -62,7 +62,7 @@ _SERVICES = (
     ),
     Service("relay", "relay", ("TALLY_WRITE_DSN", "TALLY_NATS_URL")),
     *(
-        Service(f"projector-{name}", f"projector {name}", ("TALLY_NATS_URL", store))
+        Service(f"projector-{name}", f"projector {name}", ("TALLY_WRITE_DSN", "TALLY_NATS_URL", store))
         for name, store in READ_MODELS.items()
     ),
 )

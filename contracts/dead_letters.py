@@ -47,7 +47,13 @@ def dump(letter: DeadLetter) -> bytes:
 
 
 def parse(value: bytes | str) -> DeadLetter:
-    """What `dump` made."""
-    fields = json.loads(value)
-    fields |= {"first_seen": datetime.fromisoformat(fields["first_seen"]), "data": b64decode(fields["data"])}
-    return DeadLetter(**fields)
+    """What `dump` made. Raises ValueError for anything else."""
+    try:
+        fields = json.loads(value)
+        fields |= {"first_seen": datetime.fromisoformat(fields["first_seen"]), "data": b64decode(fields["data"])}
+        letter = DeadLetter(**fields)
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"not a dead letter: {value[:200]!r}") from error
+    if not all(isinstance(version, int) for version in (letter.version, letter.latest, letter.stream_sequence)):
+        raise ValueError(f"not a dead letter: {value[:200]!r}")
+    return letter

@@ -17,6 +17,7 @@ While a poll hides its results, `results`, and what is published, is `hidden_res
 ever holds what it must not tell. The projector keeps what it counts on from in `counted`, which nobody else reads.
 """
 
+import re
 from struct import Struct
 from uuid import UUID
 
@@ -32,16 +33,45 @@ FRESH_GENERATION_KEY = "tally:live:fresh-generation"
 # contracts/status.py.
 STATUS_KEY = "tally:live:status"
 
+# The deployment that this Redis belongs to, a UUID: a projector of another one writes nothing here.
+DEPLOYMENT_KEY = "tally:live:deployment"
+
+_GENERATION = re.compile(rb"[0-9a-f]{1,32}")
+
+
+def parse_generation(value: bytes | None) -> str:
+    """The copy that GENERATION_KEY or FRESH_GENERATION_KEY names. Raises ValueError for what is no name of a copy."""
+    if value is None:
+        return FIRST_GENERATION
+    if not _GENERATION.fullmatch(value):
+        raise ValueError(f"not a generation: {value[:40]!r}")
+    return value.decode()
+
 
 def position_key(generation: str) -> str:
-    """How far into the stream a copy is; see migrations/read/views/0001_views.sql, stream_position."""
+    """How far into the stream a copy is, and of which log epoch, as `dump_position` writes it."""
     return f"tally:live:{generation}:position"
 
 
+def dump_position(sequence: int, stored_at: int, epoch: UUID) -> str:
+    """A position in the stream: `<sequence> <stored_at> <log_epoch>`, without the epoch where it is ZERO. The columns
+    of stream_position in migrations/read/views/0001_views.sql are the same."""
+    return f"{sequence} {stored_at} {log_epoch.text(epoch)}".rstrip()
+
+
+def parse_position(value: bytes) -> tuple[int, int, UUID]:
+    """What `dump_position` wrote: sequence, stored_at, log_epoch. Raises ValueError for anything else."""
+    match value.decode("ascii").split(" "):
+        case [sequence, stored_at]:
+            return int(sequence), int(stored_at), log_epoch.ZERO
+        case [sequence, stored_at, epoch]:
+            return int(sequence), int(stored_at), log_epoch.parse(epoch)
+    raise ValueError(f"not a position: {value[:40]!r}")
+
+
 def epoch_of(position: bytes) -> UUID:
-    """The log epoch that a copy is made from: the third word at its `position_key`, after sequence and moment. Raises
-    ValueError for what is no position."""
-    return log_epoch.parse(b"".join(position.split()[2:3]).decode())
+    """The log epoch that a copy is made from, in what is at its `position_key`. Raises ValueError as above."""
+    return parse_position(position)[2]
 
 
 def frozen_key(generation: str) -> str:
@@ -57,6 +87,11 @@ def filling_key(generation: str) -> str:
 def dead_letters_key(generation: str) -> str:
     """The hash of the polls that stand still in a copy: poll_id → contracts.dead_letters.DeadLetter."""
     return f"tally:live:{generation}:dead-letters"
+
+
+def set_aside_key(generation: str, poll_id: UUID | str) -> str:
+    """Where the hash of a poll is kept for some days that could not be read, and was made anew."""
+    return f"tally:live:{generation}:set-aside-{poll_id}"
 
 
 def live_key(generation: str, poll_id: UUID | str) -> str:

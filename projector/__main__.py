@@ -4,21 +4,21 @@ import asyncio
 import os
 import sys
 from collections.abc import Mapping
-from functools import partial
 
 from pydantic import Field
 
 from contracts.read_models import READ_MODELS
 from projector.documents import Documents
 from projector.live import Live
-from projector.projection import Projection, ReadModel
+from projector.projection import Projection
+from projector.read_model import ReadModel
 from projector.views import Views
 from runtime import lifecycle, telemetry
 from runtime.settings import PREFIX, NatsUrl, PostgresUrl, RedisUrl, Settings
 
 KINDS: Mapping[str, type[ReadModel]] = {kind.name: kind for kind in (Live, Views, Documents)}
 
-# How long a stop waits for the batch at hand.
+# How long a stop waits for the current batch.
 _STOP_SECONDS = 4.0
 
 
@@ -26,6 +26,10 @@ class ProjectorSettings(Settings):
     """What every projector reads from the environment, beside TALLY_READ_MODEL, which an argument may replace."""
 
     nats_url: NatsUrl = Field(description="URL of NATS; several servers of a cluster are separated by commas.")
+    write_dsn: PostgresUrl | None = Field(
+        None,
+        description="Postgres URL of the write database: what the stream does not have is read from its log.",
+    )
 
     @property
     def store(self) -> str:
@@ -80,8 +84,8 @@ async def project(kind: type[ReadModel], settings: ProjectorSettings, stop: asyn
             lifecycle.announce("running", settings)
 
     async with asyncio.TaskGroup() as tasks:
-        connect = partial(kind.connect, settings.store)
-        running = tasks.create_task(Projection(kind, connect, settings.nats_url, ready).run(stop))
+        projection = Projection(kind, settings.store, settings.nats_url, settings.write_dsn or "", ready)
+        running = tasks.create_task(projection.run(stop))
         await stop.wait()
         await asyncio.wait([running], timeout=_STOP_SECONDS)
         running.cancel()

@@ -18,8 +18,8 @@ from tally.poll.v1.poll_pb2 import (
 from tally.query.v1.query_service_pb2 import Certification, OptionCount
 
 from projector.fold import Tally, outcome
-from projector.projection import Change, Displaced
-from projector.schema import Schema
+from projector.read_model import Change, Displaced
+from projector.schema import Schema, tallies_in
 from runtime import postgres
 
 sql = postgres.queries(__package__, "documents.sql")
@@ -32,8 +32,7 @@ class Documents(Schema):
     polls: ClassVar[str] = "documents"
 
     async def load(self, poll_ids: Sequence[str]) -> dict[str, Tally]:
-        rows = await self._connection.fetch(sql.tallies, poll_ids)
-        return {str(row["poll_id"]): _tally(row) for row in rows}
+        return tallies_in(await self._connection.fetch(sql.tallies, poll_ids), _tally)
 
     async def _apply(self, changes: Sequence[Change]) -> None:
         created = [_row(change) for change in changes if change.before == 0]
@@ -117,6 +116,8 @@ def _counted(tally: Tally) -> dict[str, Any]:
 def _tally(row: asyncpg.Record) -> Tally:
     document = json.loads(row["document"])
     options = tuple(PollOption(option_id=option["option_id"], label=option["label"]) for option in document["options"])
+    if None in row["counts"] or len(row["counts"]) != len(options) or document["version"] != row["version"]:
+        raise ValueError("the document, its version and its counts do not belong together")
     recount = document["certification"]
     return Tally(
         version=row["version"],

@@ -3,13 +3,14 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
 
 import asyncpg
 
 from contracts.bus import event_message, event_subject
-from projector.stream import BEGINNING, Message
+from projector.stream import Message, Origin, Position
 from runtime.postgres import queries
 from runtime.replicas import connect_primary
 
@@ -25,7 +26,6 @@ _LEAD_ATTEMPTS = 10
 _LEAD_PAUSE = 0.1
 
 _SESSION = {
-    "application_name": "rebuild",
     # Each statement knows its rows by key, however many rows a table has.
     "enable_seqscan": "off",
     "enable_hashjoin": "off",
@@ -34,11 +34,12 @@ _SESSION = {
 
 
 class LoggedPoll(NamedTuple):
-    """A poll, and the version of its latest event."""
+    """A poll, and its latest event: the version, and when it was recorded."""
 
     poll_no: int
     poll_id: UUID
     version: int
+    recorded_at: datetime
 
 
 class Incomplete(Exception):  # noqa: N818 - says what the event log is
@@ -48,7 +49,9 @@ class Incomplete(Exception):  # noqa: N818 - says what the event log is
 class EventLog:
     """Reads the event log; made by `connect`."""
 
-    def __init__(self, connection: asyncpg.Connection) -> None:
+    def __init__(self, connection: asyncpg.Connection, origin: Origin) -> None:
+        # The history that it was of when the connection was made.
+        self.origin = origin
         self._connection = connection
 
     async def lead(self, read_model: str) -> bool:
@@ -59,6 +62,10 @@ class EventLog:
                 return True
             await asyncio.sleep(_LEAD_PAUSE)
         return False
+
+    async def log_epoch(self) -> UUID:
+        """The history that the log is of now."""
+        return (await self._connection.fetchrow(sql.origin))["log_epoch"]  # type: ignore[no-any-return]
 
     async def size(self) -> tuple[int, int]:
         """How many polls there are, and how many events."""
@@ -77,6 +84,20 @@ class EventLog:
             yield [LoggedPoll(*row) for row in rows]
             after = rows[-1]["poll_no"]
 
+    async def page(self, after: int, limit: int) -> list[tuple[LoggedPoll, bool]]:
+        """The next polls by their number, up to `limit`; each with whether events of it wait for the relay."""
+        rows = await self._connection.fetch(sql.page, after, limit)
+        return [(LoggedPoll(*row[:4]), row["waiting"]) for row in rows]
+
+    async def polls(self, poll_ids: Sequence[str]) -> list[LoggedPoll]:
+        """Those of the polls that there are."""
+        return [LoggedPoll(*row) for row in await self._connection.fetch(sql.polls, poll_ids)]
+
+    async def recorded_at(self, versions: Mapping[int, int]) -> dict[int, datetime]:
+        """When the events were recorded that are given as poll_no → version; without those that there are not."""
+        rows = await self._connection.fetch(sql.recorded_at, list(versions), list(versions.values()))
+        return {row["poll_no"]: row["recorded_at"] for row in rows}
+
     async def events(self, polls: Sequence[LoggedPoll], known: Mapping[UUID, int]) -> AsyncIterator[list[Message]]:
         """The events of some polls after the known versions, in order and in chunks, as the stream brings them."""
         ids = {poll.poll_no: poll.poll_id for poll in polls}
@@ -89,15 +110,22 @@ class EventLog:
                 raise Incomplete(f"there is no event after version {after} of poll {ids[poll_no]}")
             for row in rows:
                 missing[row["poll_no"]] = row["version"], missing[row["poll_no"]][1]
-            yield [_message(ids[row["poll_no"]], row) for row in rows]
+            yield [self._message(ids[row["poll_no"]], row) for row in rows]
+
+    def _message(self, poll_id: UUID, row: asyncpg.Record) -> Message:
+        data = event_message(poll_id, row["version"], row["recorded_at"], row["payload"])
+        assert self.origin.log_epoch is not None
+        nowhere = Position(0, 0, self.origin.log_epoch)
+        return Message(event_subject(0, poll_id), data, nowhere, 0, row["version"])
 
 
 @asynccontextmanager
-async def connect(write_dsn: str) -> AsyncIterator[EventLog]:
-    """The event log of a write database; not of a standby, which may lack the latest events."""
-    connection = await connect_primary(write_dsn, timeout=10, command_timeout=_SECONDS, server_settings=_SESSION)
+async def connect(write_dsn: str, application: str = "rebuild", timeout: float = 10) -> AsyncIterator[EventLog]:
+    """The event log of a write database; not of a standby, which may lack the latest events. `timeout`: seconds."""
+    settings = _SESSION | {"application_name": application}
+    connection = await connect_primary(write_dsn, timeout=timeout, command_timeout=_SECONDS, server_settings=settings)
     try:
-        yield EventLog(connection)
+        yield EventLog(connection, Origin(*await connection.fetchrow(sql.origin)))
     finally:
         connection.terminate()
 
@@ -113,8 +141,3 @@ def _first(missing: dict[int, tuple[int, int]], limit: int) -> list[tuple[int, i
             wanted.append((poll_no, after, up_to))
             limit -= up_to - after
     return wanted
-
-
-def _message(poll_id: UUID, row: asyncpg.Record) -> Message:
-    data = event_message(poll_id, row["version"], row["recorded_at"], row["payload"])
-    return Message(event_subject(0, poll_id), data, BEGINNING, 0, row["version"])

@@ -20,13 +20,15 @@ for i = 6, #KEYS do
     end
     at = at + 5
 end
-local told = ARGV[4] ~= '' and redis.call('EXISTS', KEYS[5]) == 0
-if ARGV[4] ~= '' and ARGV[2] == '' then
-    -- It begins from nothing: what subscribers have is newer than what it will have for some time.
+local begins = ARGV[2] == ''
+local told = ARGV[4] ~= '' and not begins and redis.call('EXISTS', KEYS[5]) == 0
+if begins then
+    -- From nothing: what subscribers have is newer than what it will have for some time.
     redis.call('SET', KEYS[5], '')
-    told = false
-    for _, channel in ipairs(redis.call('PUBSUB', 'CHANNELS', ARGV[4])) do
-        redis.call('PUBLISH', channel, '')
+    if ARGV[4] ~= '' then
+        for _, channel in ipairs(redis.call('PUBSUB', 'CHANNELS', ARGV[4])) do
+            redis.call('PUBLISH', channel, '')
+        end
     end
 end
 at = 5

@@ -13,7 +13,8 @@ from redis.exceptions import RedisError
 
 from contracts.live import FRESH_GENERATION_KEY, GENERATION_KEY, frozen_key, live_key
 from projector.live import SECONDS, Live, client, generation_in_use
-from projector.projection import Displaced, is_poll_id
+from projector.read_model import Displaced
+from projector.session import is_poll_id
 
 log = structlog.get_logger()
 

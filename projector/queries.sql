@@ -3,11 +3,14 @@ SELECT poll_id, version, state, option_ids, option_labels, counts, total_votes, 
     hidden, total_weight
 FROM polls WHERE poll_id = ANY ($1::uuid[])
 
--- insert_poll: a poll that is new here; update_spec completes it
+-- insert_poll: a poll that is new here; the first twelve are those of update_spec
 INSERT INTO polls (
-    poll_id, version, state, method, title, description, option_ids, option_labels, counts, total_votes, as_of,
-    created_at, opened_at, closed_at, eligible_voters, certification, hidden, outcome, total_weight
-) VALUES ($1, $2, $3, '', '', '', $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
+    poll_id, title, description, method, option_ids, option_labels, max_choices, opens_at, closes_at, allow_vote_change,
+    eligibility, results_visibility, version, state, counts, total_votes, as_of, created_at, opened_at, closed_at,
+    eligible_voters, certification, hidden, outcome, total_weight
+) VALUES (
+    $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25
+)
 ON CONFLICT DO NOTHING
 RETURNING poll_id, poll_no
 

@@ -16,12 +16,15 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
+from contracts import log_epoch
 from contracts.counting import cast_votes
 from projector.event_log import EventLog, Incomplete, LoggedPoll
 from projector.live_copies import LiveCopies
-from projector.projection import ReadModel, Session
+from projector.read_model import ReadModel
 from projector.schema import Schema
 from projector.schema_copies import SchemaCopies
+from projector.session import Session
+from projector.stream import Position
 from runtime.failpoints import failpoint
 
 # A round that takes no longer is as good as caught up; what it leaves is done while the copy in use is frozen.
@@ -69,6 +72,7 @@ class Rebuild:
         self._started = time.monotonic()
         self._log = log
         self._copies = copies
+        self._log_epoch = log.origin.log_epoch or log_epoch.ZERO
         self._went_on: Callable[[], None] = lambda: None
         self._session = Session(copies.fresh)
         # All that was changed before it is in the fresh copy.
@@ -88,15 +92,19 @@ class Rebuild:
     def pace(self) -> str:
         return f"{self.events / self.seconds:,.0f} events/s, {self.votes / self.seconds:,.0f} votes/s"
 
-    async def run(self, went_on: Callable[[], None]) -> None:
-        """Makes the fresh copy and switches to it; `went_on` is called whenever events were applied.
+    async def run(self, went_on: Callable[[], None], *, taking_back: bool = False) -> None:
+        """Makes the fresh copy and switches to it; `went_on` is called whenever events were applied. `taking_back`:
+        also where the copy in use has later versions, in the same history, than the log.
 
         Raises Incomplete, Displaced, or what a store raises.
         """
         self._went_on = went_on
-        await self._session.begin()
+        position = await self._copies.in_use.position()
+        await self._claim(position)
         await self._catch_up()
-        await self._compare()
+        # Versions of another history are not comparable.
+        if not taking_back and (position is None or position.log_epoch == self._log_epoch):
+            await self._compare()
         for _ in range(_ATTEMPTS):
             try:
                 await self._switch()
@@ -105,10 +113,20 @@ class Rebuild:
                 failure = error
             # What was cut off may have been stored, or not.
             self._session = Session(self._copies.fresh)
-            await self._session.begin()
+            await self._session.begin(self._log_epoch)
             await self._catch_up()
         else:
             raise failure
+
+    async def _claim(self, position: Position | None) -> None:
+        """Begins the fresh copy. Raises Incomplete where the copy in use is of another log than this one."""
+        if position and position.log_epoch > self._log_epoch:
+            raise Incomplete(f"this log is of the epoch {self._log_epoch}, and readers have seen {position.log_epoch}")
+        await self._session.begin(self._log_epoch)
+        if deployment_id := self._log.origin.deployment_id:
+            if position and (owner := await self._copies.in_use.claim(deployment_id)) != deployment_id:
+                raise Incomplete(f"this log is of the deployment {deployment_id}, and the read model of {owner}")
+            await self._copies.fresh.claim(deployment_id)
 
     async def _catch_up(self) -> None:
         seconds = _SHORT_SECONDS
@@ -156,7 +174,8 @@ class Rebuild:
             position = await self._copies.in_use.position()
             await self._round()
             if position:
-                await self._session.move(position)
+                await self._session.move(position._replace(log_epoch=self._log_epoch))
+            await self._copies.fresh.filled()
             self.parked = len(await self._copies.fresh.dead_letters())
             failpoint("rebuild.before_switch")
             await self._copies.switch()

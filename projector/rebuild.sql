@@ -1,6 +1,9 @@
 -- lead: makes this session the only one that rebuilds a read model, if no other does
 SELECT pg_try_advisory_lock($1, hashtext($2))
 
+-- origin: the current history of the log, and the installation that it belongs to
+SELECT log_epoch, deployment_id FROM current_log_epoch, deployment
+
 -- size: how many polls there are, and how many events together
 SELECT count(*) AS polls, coalesce(sum(version), 0)::bigint AS events FROM polls
 
@@ -9,9 +12,20 @@ SELECT pg_snapshot_xmin(pg_current_snapshot())::xid::text
 
 -- changed_polls: a page of the polls with an event of a transaction from a horizon on, NULL: of all polls. Each event
 -- changes its poll's row; by transactions, unlike by times, none can be missed that is committed late.
-SELECT poll_no, poll_id, version FROM polls
+SELECT poll_no, poll_id, version, recorded_at FROM polls
 WHERE poll_no > $1 AND ($2::text IS NULL OR age(xmin) <= age($2::text::xid))
 ORDER BY poll_no LIMIT $3
+
+-- page: the next polls by number; and whether the stream does not have all of their events yet
+SELECT poll_no, poll_id, version, recorded_at, poll_no IN (SELECT outbox.poll_no FROM outbox) AS waiting
+FROM polls WHERE poll_no > $1 ORDER BY poll_no LIMIT $2
+
+-- polls: those of some ids that there are
+SELECT poll_no, poll_id, version, recorded_at FROM polls WHERE poll_id = ANY ($1::uuid[])
+
+-- recorded_at: when certain events were recorded
+SELECT poll_no, event.recorded_at
+FROM unnest($1::integer[], $2::bigint[]) AS wanted (poll_no, version) JOIN events AS event USING (poll_no, version)
 
 -- events: those of some polls after a version and up to another one, in order, as many as fit into so many bytes
 SELECT poll_no, version, recorded_at, payload FROM (

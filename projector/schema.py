@@ -1,19 +1,24 @@
 """A read model that is a schema of the read database: what all of them have in common."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import ClassVar, Self
+from uuid import UUID
 
 import asyncpg
+import structlog
+from google.protobuf.message import DecodeError
 
 from contracts.dead_letters import DeadLetter
 from contracts.read_database import CHANNEL, announcements
+from migrations import READ
 from projector.fold import Tally
-from projector.projection import Change, Displaced, Replaced
+from projector.read_model import Change, Damaged, Displaced, Replaced
 from projector.stream import Position
 from runtime import postgres
 from runtime.replicas import connect_primary
 
+log = structlog.get_logger()
 sql = postgres.queries(__package__, "schema.sql")
 
 SECONDS = 30.0
@@ -53,7 +58,16 @@ class Schema:
         session = _SESSION | {"application_name": f"projector {cls.name}", "search_path": schema or cls.name}
         connection = await connect_primary(read_dsn, timeout=5, command_timeout=SECONDS, server_settings=session)
         try:
-            yield cls(connection, await connection.fetchval(sql.copy), in_use=not schema)
+            try:
+                copy = await connection.fetchval(sql.copy)
+            except asyncpg.UndefinedTableError:
+                if schema:
+                    raise
+                # The database was dropped, or its schema: it is made anew, and is filled from the event log.
+                log.error("the read model has no schema; it is made anew", read_model=cls.name)
+                await postgres.migrate(read_dsn, READ[cls.name], cls.name)
+                copy = await connection.fetchval(sql.copy)
+            yield cls(connection, copy, in_use=not schema)
         finally:
             connection.terminate()
 
@@ -63,12 +77,30 @@ class Schema:
             await self._require_copy()
         return Position(*row) if row else None
 
+    async def claim(self, deployment_id: UUID) -> UUID:
+        # Without a write where it is known: that would wait for who changes the copy.
+        owner: UUID | None = await self._connection.fetchval(sql.deployment, self._copy)
+        owner = owner or await self._connection.fetchval(sql.claim, deployment_id, self._copy)
+        if owner is None:
+            await self._require_copy()
+            raise Displaced("the copy has no position")
+        return owner
+
     async def load(self, poll_ids: Sequence[str]) -> dict[str, Tally]:
-        """Those of the polls that it has."""
+        """Those of the polls that it has. Raises Damaged; `tallies_in` does what is needed for that."""
         raise NotImplementedError
 
+    async def set_aside(self, poll_ids: Sequence[str]) -> None:
+        """Only their rows in the table of polls: what else refers to them is found by nobody without these."""
+        removed = await self._connection.fetch(sql.set_aside.format(polls=self.polls), poll_ids)
+        for poll_id, content in removed:
+            log.error("the row of a poll was removed", read_model=self.name, poll_id=poll_id, content=content)
+
+    async def filling(self) -> bool:
+        return bool(await self._connection.fetchval(sql.filling, self._copy))
+
     async def filled(self) -> None:
-        """Readers have nothing else to read meanwhile."""
+        await self._connection.execute(sql.filled, self._copy)
 
     async def dead_letters(self) -> list[DeadLetter]:
         return [DeadLetter(*row) for row in await self._connection.fetch(sql.dead_letters)]
@@ -93,7 +125,7 @@ class Schema:
             await self._apply(changes)
             if changes and self._in_use:
                 versions = [(change.poll_id, change.tally.version) for change in changes]
-                await self._connection.execute(sql.announce, CHANNEL, announcements(self.name, versions))
+                await self._connection.execute(sql.announce, CHANNEL, announcements(self.name, versions, new.log_epoch))
             if letters:
                 kept = [letter for letter in letters.values() if letter]
                 await self._connection.executemany(sql.keep_dead_letter, kept)
@@ -110,3 +142,18 @@ class Schema:
     async def _apply(self, changes: Sequence[Change]) -> None:
         """Applies changes, within a transaction. Raises Displaced where a poll is not at the version before its own."""
         raise NotImplementedError
+
+
+def tallies_in(rows: Sequence[asyncpg.Record], tally_of: Callable[[asyncpg.Record], Tally]) -> dict[str, Tally]:
+    """The polls in rows that have a poll_id. Raises Damaged for those that `tally_of` cannot read."""
+    tallies: dict[str, Tally] = {}
+    damaged: dict[str, str] = {}
+    for row in rows:
+        poll_id = str(row["poll_id"])
+        try:
+            tallies[poll_id] = tally_of(row)
+        except (DecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            damaged[poll_id] = repr(error)
+    if damaged:
+        raise Damaged(damaged)
+    return tallies

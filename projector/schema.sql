@@ -1,15 +1,32 @@
 -- copy: which copy of the read model this is: a rebuilt one has another table in this one's place
 SELECT 'stream_position'::regclass::oid
 
--- position: how far into the stream that copy is
-SELECT stream_sequence, stored_at FROM stream_position WHERE tableoid = $1
+-- position: how far into the stream that copy is, and of which log epoch
+SELECT stream_sequence, stored_at, log_epoch FROM stream_position WHERE tableoid = $1
 
 -- begin: the first position of an empty copy; nothing where there is one already
-INSERT INTO stream_position (stream_sequence, stored_at) VALUES ($1, $2) ON CONFLICT DO NOTHING
+INSERT INTO stream_position (stream_sequence, stored_at, log_epoch, filling) VALUES ($1, $2, $3, true)
+ON CONFLICT DO NOTHING
 
 -- move: the position, if it is still the one before, in the copy that it was read from
-UPDATE stream_position SET stream_sequence = $3, stored_at = $4
-WHERE stream_sequence = $1 AND stored_at = $2 AND tableoid = $5
+UPDATE stream_position SET stream_sequence = $4, stored_at = $5, log_epoch = $6
+WHERE stream_sequence = $1 AND stored_at = $2 AND log_epoch = $3 AND tableoid = $7
+
+-- claim: the deployment that a copy belongs to that belonged to none
+UPDATE stream_position SET deployment_id = coalesce(deployment_id, $1) WHERE tableoid = $2 RETURNING deployment_id
+
+-- deployment: the one that the copy belongs to; NULL: none yet
+SELECT deployment_id FROM stream_position WHERE tableoid = $1
+
+-- filling: whether the copy lacks part of what there was when it began
+SELECT filling FROM stream_position WHERE tableoid = $1
+
+-- filled: it lacks nothing of that any more
+UPDATE stream_position SET filling = false WHERE tableoid = $1
+
+-- set_aside: takes polls out whose rows cannot be read; the beginning of each row, for the log
+DELETE FROM {polls} AS poll WHERE poll_id = ANY ($1::uuid[])
+RETURNING poll_id::text, left(to_jsonb(poll)::text, 1000) AS content
 
 -- dead_letters: the events at which polls stand still
 SELECT poll_id::text, version, latest, stream_sequence, event_type, error, first_seen, data FROM dead_letters

@@ -13,7 +13,7 @@ import asyncpg
 import structlog
 
 from migrations import READ
-from projector.projection import Displaced
+from projector.read_model import Displaced
 from projector.schema import Schema
 from runtime import postgres
 from runtime.lifecycle import Backoff

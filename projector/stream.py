@@ -1,20 +1,23 @@
-"""The stream of events, read from a position on, gap-free or not at all."""
+"""The stream of events, read from a position on, in order and without omissions, or not at all."""
 
 import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from datetime import datetime
 from typing import NamedTuple
+from uuid import UUID
 
 import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
-from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, StreamInfo
 from nats.js.errors import NotFoundError
 
-from contracts.bus import STREAM, VERSION_HEADER
+from contracts import log_epoch
+from contracts.bus import DEPLOYMENT_METADATA, EPOCH_METADATA, STREAM, parse_event_headers
 
 _SECONDS = 5.0
 # What is asked of the server at once: it bounds what waits in this process while a batch is applied.
@@ -23,14 +26,13 @@ _PULL_BYTES = 2 << 20
 _PULL_SECONDS = 30.0
 _HEARTBEAT_SECONDS = 1.0
 _SILENCE_SECONDS = 3.0
-# A number with so many digits may not fit into an event.
-_VERSION_DIGITS = 19
 # An abandoned consumer is removed by the server after this.
 _INACTIVE_SECONDS = 30.0
 
 
 class Position(NamedTuple):
-    """A place in the stream: a message's sequence, and when the stream stored it, in microseconds of Unix time.
+    """A place in the stream: a message's sequence, and when the stream stored it, in microseconds of Unix time; and the
+    history of the log whose events are applied up to there.
 
     The time tells whether the stream is still the one that was read before: one that was made anew, or that lost its
     end, has another message in this place.
@@ -38,6 +40,7 @@ class Position(NamedTuple):
 
     sequence: int
     stored_at: int
+    log_epoch: UUID = log_epoch.ZERO
 
 
 BEGINNING = Position(0, 0)
@@ -48,6 +51,7 @@ class Message(NamedTuple):
 
     subject: str
     data: bytes
+    # Its place, and the history that its event belongs to.
     position: Position
     # How many messages the stream has after this one.
     pending: int
@@ -55,23 +59,53 @@ class Message(NamedTuple):
     version: int
 
 
+class Origin(NamedTuple):
+    """Which log the events come from. None: the stream does not say, because its relay is older than these."""
+
+    log_epoch: UUID | None
+    deployment_id: UUID | None
+
+
 class Broken(nats.errors.Error):
     """Something between the stream and here is not as it should be: reading has to begin anew from the position."""
 
 
+async def origin(connection: Client) -> tuple[Origin, Position]:
+    """Where the events on the stream come from, and its last message. Raises NotFoundError where there is no stream."""
+    jetstream = connection.jetstream(timeout=_SECONDS)
+    info = await jetstream.stream_info(STREAM)
+    last = BEGINNING
+    if info.state.messages:
+        with suppress(NotFoundError):
+            message = await jetstream.get_msg(STREAM, seq=info.state.last_seq)
+            if message.time is not None:
+                last = Position(info.state.last_seq, _microseconds(message.time))
+    return origin_of(info), last
+
+
+def origin_of(info: StreamInfo) -> Origin:
+    """Where the events on a stream come from, by its metadata."""
+    metadata = info.config.metadata or {}
+    return Origin(_uuid(metadata.get(EPOCH_METADATA)), _uuid(metadata.get(DEPLOYMENT_METADATA)))
+
+
 @asynccontextmanager
-async def read(connection: Client, position: Position) -> AsyncIterator["Reader"]:
-    """Reads what follows `position`, or everything, where this stream has no such place; `Reader.resumed` says which.
-    Raises NotFoundError where there is no stream yet.
+async def read(connection: Client, position: Position, otherwise: Position = BEGINNING) -> AsyncIterator["Reader"]:
+    """Reads what follows `position` or, where this stream has no such place, `otherwise`; `Reader.resumed` says which.
+    Raises NotFoundError where there is no stream yet, Broken where it has neither place.
     """
     jetstream = connection.jetstream(timeout=_SECONDS)
-    consumer, backlog = await _consume(jetstream, position)
+    start = position
+    consumer, backlog = await _consume(jetstream, start)
     # Only now: if the stream is replaced after this look, the consumer goes with it, and that is noticed.
-    resumed = await _holds(jetstream, position)
+    resumed = position.sequence > 0 and await _holds(jetstream, position)
     if not resumed:
         await jetstream.delete_consumer(STREAM, consumer)
-        consumer, backlog = await _consume(jetstream, BEGINNING)
-    reader = Reader(connection, consumer, resumed, backlog)
+        start = otherwise
+        consumer, backlog = await _consume(jetstream, start)
+        if start.sequence and not await _holds(jetstream, start):
+            raise Broken("the stream has lost its last message meanwhile")
+    reader = Reader(connection, consumer, start.sequence, resumed, backlog)
     await connection.subscribe(reader.inbox, cb=reader.on_message)
     try:
         yield reader
@@ -84,14 +118,17 @@ async def read(connection: Client, position: Position) -> AsyncIterator["Reader"
 class Reader:
     """Takes messages from the stream as they come; made by `read`."""
 
-    def __init__(self, connection: Client, consumer: str, resumed: bool, backlog: int) -> None:
+    def __init__(self, connection: Client, consumer: str, start: int, resumed: bool, backlog: int) -> None:
         self.inbox = connection.new_inbox()
         self.resumed = resumed
+        # Whether the stream has removed messages that were not read: it has limits, or somebody purged it.
+        self.skipped = False
         # How many messages there were to be read when it began.
         self.backlog = backlog
         self._connection = connection
         self._next_subject = f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.{consumer}"
         self._messages: list[Message] = []
+        self._sequence = start
         self._delivered = 0
         self._expected = 0
         self._oversized = False
@@ -136,10 +173,12 @@ class Reader:
             # What comes after a message that got lost on the way is not taken.
             self._problem = self._problem or f"message {self._delivered} of the consumer is missing"
         if not self._problem:
-            position = Position(sequence, stored_at // 1000)
-            version = (message.headers or {}).get(VERSION_HEADER, "")
-            known = int(version) if version.isdecimal() and len(version) < _VERSION_DIGITS else 0
-            self._messages.append(Message(message.subject, message.data, position, pending, known))
+            self.skipped = self.skipped or sequence != self._sequence + 1
+            self._sequence = sequence
+            headers = parse_event_headers(message.headers)
+            position = Position(sequence, stored_at // 1000, headers.log_epoch if headers else log_epoch.ZERO)
+            version = headers.version if headers else 0
+            self._messages.append(Message(message.subject, message.data, position, pending, version))
 
     def _note(self, headers: dict[str, str]) -> None:
         status, description = headers.get("Status", ""), headers.get("Description", "")
@@ -185,10 +224,18 @@ async def _consume(jetstream: JetStreamContext, position: Position) -> tuple[str
 
 
 async def _holds(jetstream: JetStreamContext, position: Position) -> bool:
-    if position == BEGINNING:
-        return False
     try:
         message = await jetstream.get_msg(STREAM, seq=position.sequence)
     except NotFoundError:
         return False
-    return message.time is not None and round(message.time.timestamp() * 1_000_000) == position.stored_at
+    return message.time is not None and _microseconds(message.time) == position.stored_at
+
+
+def _microseconds(moment: datetime) -> int:
+    return round(moment.timestamp() * 1_000_000)
+
+
+def _uuid(text: str | None) -> UUID | None:
+    with suppress(ValueError):
+        return UUID(text) if text else None
+    return None

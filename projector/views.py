@@ -24,8 +24,8 @@ from contracts.counting import added_votes
 from contracts.read_database import TURNOUT_GRAIN, VOTER_BYTES, vote_key
 from contracts.voters import KEY_BYTES
 from projector.fold import Tally, outcome
-from projector.projection import Change, Displaced
-from projector.schema import SECONDS, Schema
+from projector.read_model import Change, Displaced
+from projector.schema import SECONDS, Schema, tallies_in
 from runtime import postgres
 
 sql = postgres.queries(__package__)
@@ -50,8 +50,7 @@ class Views(Schema):
     polls: ClassVar[str] = "polls"
 
     async def load(self, poll_ids: Sequence[str]) -> dict[str, Tally]:
-        rows = await self._connection.fetch(sql.tallies, poll_ids)
-        return {str(row["poll_id"]): _tally(row) for row in rows}
+        return tallies_in(await self._connection.fetch(sql.tallies, poll_ids), _tally)
 
     async def _apply(self, changes: Sequence[Change]) -> None:
         poll_nos = await self._store_polls(changes)
@@ -81,23 +80,23 @@ class Views(Schema):
         created = [_inserted(change) for change in changes if change.before == 0]
         if created:
             rows += await self._connection.fetchmany(sql.insert_poll, created)
-        specs = [_spec(change.poll_id, spec) for change in changes if (spec := _newest_spec(change.events))]
-        if specs:
-            await self._connection.executemany(sql.update_spec, specs)
         updated = [_updated(change) for change in changes if change.before > 0]
         if updated:
+            specs = [_spec(c.poll_id, spec) for c in changes if c.before > 0 and (spec := _newest_spec(c.events))]
+            if specs:
+                await self._connection.executemany(sql.update_spec, specs)
             rows += await self._connection.fetch(sql.update_polls, *zip(*updated, strict=True))
         return {str(row["poll_id"]): row["poll_no"] for row in rows}
 
 
 def _inserted(change: Change) -> tuple[object, ...]:
-    tally = change.tally
+    tally, spec = change.tally, _newest_spec(change.events)
+    # A poll begins with one.
+    assert spec is not None
     return (
-        change.poll_id,
+        *_spec(change.poll_id, spec),
         tally.version,
         _state(tally),
-        [option.option_id for option in tally.options],
-        [option.label for option in tally.options],
         tally.counts,
         tally.total_votes,
         _moment(tally.as_of),
@@ -199,6 +198,10 @@ def _rows(poll_no: int, event: Event) -> bytearray:
 
 
 def _tally(row: asyncpg.Record) -> Tally:
+    if None in row["option_ids"] or None in row["option_labels"] or None in row["counts"]:
+        raise ValueError("an option has no id, no label or no count")
+    if len(row["option_ids"]) != len(row["counts"]):
+        raise ValueError(f"{len(row['counts'])} counts for {len(row['option_ids'])} options")
     as_of = Timestamp()
     as_of.FromDatetime(row["as_of"])
     options = zip(row["option_ids"], row["option_labels"], strict=True)

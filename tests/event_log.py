@@ -26,6 +26,8 @@ class WrittenPoll:
     poll_id: UUID
     poll_no: int
     spec: PollSpec
+    # The history of the log that it is written in.
+    log_epoch: UUID
     version: int = 1
     counts: list[int] = field(default_factory=list)
     # The voters, and the version that counts each.
@@ -46,7 +48,8 @@ class EventLog:
         payload = Event(poll_created=PollCreated(poll=spec)).SerializeToString()
         await self.connection.execute(sql.insert_poll, poll_id, "DRAFT", spec.SerializeToString(), None, None, payload)
         poll_no = await self.connection.fetchval("SELECT poll_no FROM polls WHERE poll_id = $1", poll_id)
-        poll = WrittenPoll(poll_id, poll_no, spec, counts=[0] * options)
+        epoch = await self.connection.fetchval("SELECT log_epoch FROM current_log_epoch")
+        poll = WrittenPoll(poll_id, poll_no, spec, epoch, counts=[0] * options)
         if opened:
             await self.change(poll, "OPEN", Event(poll_opened=PollOpened()))
         return poll

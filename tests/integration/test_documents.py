@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from google.protobuf.json_format import MessageToDict
@@ -170,7 +170,9 @@ async def test_a_document_that_is_not_there_is_refused(system: System) -> None:
     poll_id = uuid4()
     refusal = await refused(system.query.GetPollDocument(GetPollDocumentRequest(poll_id=str(poll_id)), timeout=10))
     assert refusal.reason == "POLL_NOT_FOUND"
-    request = GetPollDocumentRequest(poll_id=str(poll_id), at_least_as_fresh=token(poll_id, 1))
+    # Of a later history of the log than any: one of an earlier history is satisfied by what is there.
+    later = token(poll_id, 1, UUID("ffffffff-ffff-7fff-bfff-ffffffffffff"))
+    request = GetPollDocumentRequest(poll_id=str(poll_id), at_least_as_fresh=later)
     refusal = await refused(system.query.GetPollDocument(request, timeout=0.3))
     assert refusal.reason == "READ_MODEL_BEHIND"
 

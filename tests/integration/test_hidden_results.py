@@ -142,8 +142,8 @@ async def test_nothing_that_a_query_server_gets_from_redis_tells_the_counts(
             if message:
                 published = message["data"]
                 said.add(published)
-    # A zero byte and the version: no room for anything else.
-    assert {len(data) for data in said if data} == {9}
+    # A zero byte, the version and the log epoch: no room for anything else.
+    assert {len(data) for data in said if data} == {25}
 
 
 async def test_a_draft_that_is_changed_to_hide_them_ends_its_watchers(system: System) -> None:

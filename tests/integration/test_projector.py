@@ -24,17 +24,27 @@ from tally.event.v1.event_pb2 import Event, VotesCast
 from tally.poll.v1.poll_pb2 import POLL_STATE_CLOSED, POLL_STATE_OPEN
 from tally.query.v1.query_service_pb2 import RESULTS_SOURCE_LIVE_CACHE, GetResultsResponse, Results
 
-from contracts.bus import ALL_EVENTS, REPUBLISH, STREAM, VERSION_HEADER, event_subject, republish_request
+from contracts.bus import (
+    ALL_EVENTS,
+    DEPLOYMENT_METADATA,
+    EPOCH_HEADER,
+    EPOCH_METADATA,
+    REPUBLISH,
+    STREAM,
+    VERSION_HEADER,
+    event_subject,
+    republish_request,
+)
 from contracts.dead_letters import DeadLetter
 from contracts.live import FIRST_GENERATION, filling_key, live_channel, live_key, position_key
 from contracts.read_database import vote_key
 from contracts.read_models import READ_MODELS
-from projector import projection
+from projector import session
 from projector.__main__ import KINDS, ReadDatabaseSettings, RedisSettings, project
 from projector.documents import Documents
 from projector.fold import advance
 from projector.live import Live
-from projector.projection import Change, Displaced
+from projector.read_model import Change, Displaced
 from projector.stream import Position
 from projector.views import Views
 from relay import comparison, repair
@@ -85,6 +95,8 @@ class Everything:
         self.read = read
         self.bus = bus
         self.settings = settings
+        # Projectors have the stream alone, unless a test gives them the event log as well.
+        self.projectors = {name: value for name, value in settings.items() if name != "write_dsn"}
 
     @property
     def relay(self) -> Runner:
@@ -92,20 +104,24 @@ class Everything:
 
     @property
     def live(self) -> Runner:
-        return lambda stop: project(Live, RedisSettings(**self.settings), stop)  # type: ignore[arg-type]
+        return lambda stop: project(Live, RedisSettings(**self.projectors), stop)  # type: ignore[arg-type]
 
     @property
     def views(self) -> Runner:
-        return lambda stop: project(Views, ReadDatabaseSettings(**self.settings), stop)  # type: ignore[arg-type]
+        return lambda stop: project(Views, ReadDatabaseSettings(**self.projectors), stop)  # type: ignore[arg-type]
 
     @property
     def documents(self) -> Runner:
-        return lambda stop: project(Documents, ReadDatabaseSettings(**self.settings), stop)  # type: ignore[arg-type]
+        return lambda stop: project(Documents, ReadDatabaseSettings(**self.projectors), stop)  # type: ignore[arg-type]
 
     async def stream(self) -> JetStreamContext:
         """An empty stream, for tests that publish themselves."""
         jetstream: JetStreamContext = self.bus.jetstream()
-        await jetstream.add_stream(StreamConfig(name=STREAM, subjects=[ALL_EVENTS]))
+        deployment, self.epoch = await self.log.connection.fetchrow(
+            "SELECT deployment_id, log_epoch FROM deployment, current_log_epoch"
+        )
+        metadata = {DEPLOYMENT_METADATA: str(deployment), EPOCH_METADATA: str(self.epoch)}
+        await jetstream.add_stream(StreamConfig(name=STREAM, subjects=[ALL_EVENTS], metadata=metadata))
         return jetstream
 
     async def publish(self, poll: WrittenPoll, events: Sequence[Event]) -> None:
@@ -113,7 +129,7 @@ class Everything:
             await self.publish_bytes(poll, event.version, event.SerializeToString())
 
     async def publish_bytes(self, poll: WrittenPoll, version: int, data: bytes) -> None:
-        headers = {VERSION_HEADER: str(version)}
+        headers = {VERSION_HEADER: str(version), EPOCH_HEADER: str(self.epoch)}
         await self.bus.jetstream().publish(event_subject(0, poll.poll_id), data, headers=headers)
 
     async def dead_letters(self, read_model: str) -> list[DeadLetter]:
@@ -348,7 +364,7 @@ async def test_killed_at_any_point_it_counts_each_vote_once(all_: Everything, tm
     async with running(all_.relay):
         for _ in range(2):
             for read_model in READ_MODELS:
-                settings = all_.settings | {"failpoint": failpoint}
+                settings = all_.projectors | {"failpoint": failpoint}
                 async with service(tmp_path, "projector", read_model, **settings) as process:
                     await process.ended()
                     assert process.how_it_ended() == "was killed by SIGKILL"
@@ -363,8 +379,8 @@ async def test_killed_again_and_again_it_counts_each_vote_once(all_: Everything,
     polls = [await log.poll() for _ in range(3)]
     async with (
         running(all_.relay),
-        service(tmp_path, "projector", "live", **all_.settings) as live_process,
-        service(tmp_path, "projector", "views", **all_.settings) as views_process,
+        service(tmp_path, "projector", "live", **all_.projectors) as live_process,
+        service(tmp_path, "projector", "views", **all_.projectors) as views_process,
     ):
         for _ in range(3):
             for process in (live_process, views_process):
@@ -381,7 +397,7 @@ async def test_sigterm_ends_it_at_once(all_: Everything, tmp_path: Path) -> None
     poll = await all_.log.poll()
     async with running(all_.relay):
         for read_model in ("live", "views"):
-            async with service(tmp_path, "projector", read_model, **all_.settings) as process:
+            async with service(tmp_path, "projector", read_model, **all_.projectors) as process:
                 assert await process.stop(3)
                 assert process.how_it_ended() == "ended with status 0"
         async with running(all_.live, all_.views):
@@ -645,12 +661,12 @@ async def test_an_event_that_cannot_be_applied_stops_only_its_poll(
         assert (letter.stream_sequence, letter.event_type) == (4, event_type)
         assert error in letter.error
         assert letter.data == spoil(events[3])
-        assert projection._parked.labels(read_model)._value.get() == 1
+        assert session._parked.labels(read_model)._value.get() == 1
         # What comes later waits, and nobody is asked for what is there.
         await all_.publish(bad, events[5:])
         await eventually(lambda: waiting(2))
         assert asked == []
-    projection._parked.labels(read_model).set(0)
+    session._parked.labels(read_model).set(0)
     async with running(runner):
         # Another code may know better: it tries again, once.
         await eventually(lambda: _true(asked))
@@ -660,12 +676,12 @@ async def test_an_event_that_cannot_be_applied_stops_only_its_poll(
         await all_.publish(good, (await log.events(good))[-1:])
         await counted(good)
         assert await waiting(2) == letter._replace(latest=6, stream_sequence=13, error=(await waiting(2)).error)
-        assert projection._parked.labels(read_model)._value.get() == 1
+        assert session._parked.labels(read_model)._value.get() == 1
         # Once what comes is mended, the poll goes on.
         await all_.publish(bad, events)
         await counted(bad)
         assert await all_.dead_letters(read_model) == []
-        assert projection._parked.labels(read_model)._value.get() == 0
+        assert session._parked.labels(read_model)._value.get() == 0
 
 
 @pytest.mark.parametrize("failpoint", ["projector.before_store", "projector.after_store"])
@@ -681,7 +697,7 @@ async def test_killed_while_it_parks_a_poll_it_skips_nothing(all_: Everything, t
     await all_.publish_bytes(poll, 4, of_a_later_code(events[3]))
     await all_.publish(poll, events[4:])
     for read_model in ("live", "views"):
-        async with service(tmp_path, "projector", read_model, **all_.settings | {"failpoint": failpoint}) as process:
+        async with service(tmp_path, "projector", read_model, **all_.projectors | {"failpoint": failpoint}) as process:
             await process.ended()
     async with running(all_.live, all_.views):
         await eventually(lambda: _stands_still(all_, poll))
@@ -871,7 +887,7 @@ async def test_it_outlives_nats_redis_and_postgres(all_: Everything, stores: Sto
 
 
 async def test_no_more_polls_are_kept_in_memory_than_fit(all_: Everything, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projection, "_CACHED_OPTIONS", 10)
+    monkeypatch.setattr(session, "_CACHED_OPTIONS", 10)
     log = all_.log
     async with running(all_.relay, all_.live, all_.views):
         polls = [await log.poll(options=4) for _ in range(6)]

@@ -39,7 +39,7 @@ from contracts.read_database import CHANNEL, VIEWS, announcements, vote_key
 from contracts.status import now
 from contracts.voters import VoterKeys
 from projector.fold import fold
-from projector.projection import Change
+from projector.read_model import Change
 from projector.stream import BEGINNING, Position
 from query_server import announcements as announcing
 from query_server import freshness, live, status, watchers
@@ -783,6 +783,7 @@ async def test_an_announcement_is_heard_of_what_the_projector_stores(
     await until(lambda: waiting() == 300)
     async with projector.views.Views.connect(read_dsn) as model:
         await model.store(changes, {}, None, Position(1, 1))
+        await model.filled()
     async with asyncio.timeout(3):
         assert {(await call).poll.poll_id for call in calls} == set(map(str, poll_ids))
 

@@ -49,7 +49,7 @@ from contracts.voters import VoterKeys
 from migrations import READ
 from projector.documents import Documents
 from projector.fold import Tally, fold
-from projector.projection import Change
+from projector.read_model import Change
 from projector.schema import Schema
 from projector.stream import Position
 from projector.views import Views
@@ -127,6 +127,7 @@ class ReadDatabase:
             self._stored[poll.poll_id] = poll.tally.version
         position = Position((self._position.sequence if self._position else 0) + 1, 0)
         await self._model.store(changes, {}, self._position, position)
+        await self._model.filled()
         self._position = position
 
 

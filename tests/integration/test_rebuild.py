@@ -26,14 +26,15 @@ from tally.query.v1.query_service_pb2_grpc import QueryServiceStub
 from clients import progress
 from clients.failures import Failure
 from clients.rebuilding import Rebuilding
-from contracts.live import FIRST_GENERATION, frozen_key, live_key
+from contracts import log_epoch
+from contracts.live import FIRST_GENERATION, dump_position, frozen_key, live_key, position_key
 from contracts.read_database import vote_key
 from projector import event_log as log_reader
 from projector import rebuild
 from projector.__main__ import KINDS, SETTINGS, project
 from projector.live import generation_in_use
 from projector.live_copies import LiveCopies
-from projector.projection import Displaced, Replaced
+from projector.read_model import Displaced, Replaced
 from projector.schema_copies import SchemaCopies
 from projector.stream import Position
 from query_server.__main__ import QuerySettings
@@ -249,7 +250,10 @@ async def test_watchers_are_told_what_a_rebuild_corrects_and_nothing_else(
         # What older code has counted.
         results = query.GetResultsResponse(results=corrected)
         results.results.counts[0].count += 1000
-        await stage.redis.hset(live_key(FIRST_GENERATION, wrong.poll_id), "results", results.SerializeToString())
+        stored: dict[Any, Any] = {"version": wrong.version, "results": results.SerializeToString()}
+        await stage.redis.hset(live_key(FIRST_GENERATION, wrong.poll_id), mapping=stored)
+        position = dump_position(0, 0, log_epoch.parse(corrected.log_epoch))
+        await stage.redis.set(position_key(FIRST_GENERATION), position)
         names = [str(poll.poll_id) for poll in (wrong, right)]
         watch = aiter(queries.WatchResults(query.WatchResultsRequest(poll_ids=names), timeout=10))
         # The other poll comes from the read database.

@@ -25,7 +25,7 @@ from relay.__main__ import RelaySettings, relay
 from runtime import replicas
 from runtime.embedded import Postgres
 from tests import standby
-from tests.event_log import EventLog, event_log
+from tests.event_log import EventLog, WrittenPoll, event_log
 from tests.processes import eventually
 from tests.servers import VOTER_SECRET, refused, serving, sql
 from tests.standby import Server, Standby
@@ -89,9 +89,10 @@ async def reading(pair: Pair, write_dsn: str, nats_url: str, redis_url: str) -> 
 class Readers:
     """Callers that ask for a poll all the time, each never for less than it has seen; and one that watches it."""
 
-    def __init__(self, stub: QueryServiceAsyncStub, poll_id: UUID) -> None:
+    def __init__(self, stub: QueryServiceAsyncStub, poll: WrittenPoll) -> None:
         self._stub = stub
-        self._poll_id = str(poll_id)
+        self._poll = poll
+        self._poll_id = str(poll.poll_id)
         self._stop = False
         self.failures: list[str] = []
         # What each was answered, version by version, in order.
@@ -102,7 +103,7 @@ class Readers:
     async def running(self, count: int = 4) -> AsyncIterator[Readers]:
         async with asyncio.TaskGroup() as tasks:
             for number in range(count):
-                tasks.create_task(self._results() if number % 2 else self._poll())
+                tasks.create_task(self._results() if number % 2 else self._view())
             watching = tasks.create_task(self._watch())
             yield self
             self._stop = True
@@ -129,11 +130,11 @@ class Readers:
 
         await self._ask(ask)
 
-    async def _poll(self) -> None:
+    async def _view(self) -> None:
         async def ask(fresh: str) -> tuple[int, str]:
             request = pb.GetPollRequest(poll_id=self._poll_id, at_least_as_fresh=fresh)
             version = (await self._stub.GetPoll(request, timeout=8)).poll.version
-            return version, token(UUID(self._poll_id), version)
+            return version, _token(self._poll, version)
 
         await self._ask(ask)
 
@@ -158,9 +159,13 @@ class Readers:
             seen.append(response.results.version)
 
 
-async def results_are(stub: QueryServiceAsyncStub, poll_id: UUID, version: int) -> None:
+def _token(poll: WrittenPoll, version: int) -> str:
+    return token(poll.poll_id, version, poll.log_epoch)
+
+
+async def results_are(stub: QueryServiceAsyncStub, poll: WrittenPoll, version: int) -> None:
     """Waits until readers see this version."""
-    request = pb.GetResultsRequest(poll_id=str(poll_id), at_least_as_fresh=token(poll_id, version))
+    request = pb.GetResultsRequest(poll_id=str(poll.poll_id), at_least_as_fresh=_token(poll, version))
     assert (await stub.GetResults(request, timeout=15)).results.version == version
 
 
@@ -175,8 +180,8 @@ async def test_reads_go_to_the_standby_and_to_the_primary_while_there_is_none(
         assert await other.sessions("query_server") == 0
 
     async with reading(pair, write_dsn, nats_url, redis_url) as stub:
-        await results_are(stub, poll.poll_id, 2)
-        async with Readers(stub, poll.poll_id).running() as readers:
+        await results_are(stub, poll, 2)
+        async with Readers(stub, poll).running() as readers:
             await eventually(lambda: on(pair.standby, pair.primary))
             assert await pair.primary.sessions("projector views") == 2
             for _ in range(10):
@@ -197,15 +202,15 @@ async def test_a_standby_that_lags_makes_readers_wait_and_never_go_back(
 ) -> None:
     poll = await log.poll()
     async with reading(pair, write_dsn, nats_url, redis_url) as stub:
-        await results_are(stub, poll.poll_id, 2)
-        async with Readers(stub, poll.poll_id).running() as readers:
+        await results_are(stub, poll, 2)
+        async with Readers(stub, poll).running() as readers:
             await pair.standby.run("SELECT pg_wal_replay_pause()")
             try:
                 await log.cast(poll)
-                waiting = asyncio.gather(*fresh_reads(stub, poll.poll_id, 3, seconds=15))
+                waiting = asyncio.gather(*fresh_reads(stub, poll, 3, seconds=15))
                 # The primary has it, and has announced it.
                 await eventually(lambda: primary_has(pair, poll.poll_id, 3))
-                for read in fresh_reads(stub, poll.poll_id, 3, seconds=0.4):
+                for read in fresh_reads(stub, poll, 3, seconds=0.4):
                     assert (await refused(read)).reason == "READ_MODEL_BEHIND"
                 await readers.went_on()
                 assert {versions[-1] for versions in readers.versions} == {2}
@@ -216,18 +221,18 @@ async def test_a_standby_that_lags_makes_readers_wait_and_never_go_back(
 
 
 def fresh_reads(
-    stub: QueryServiceAsyncStub, poll_id: UUID, version: int, seconds: float
+    stub: QueryServiceAsyncStub, poll: WrittenPoll, version: int, seconds: float
 ) -> list[Coroutine[Any, Any, int]]:
     """Calls for this version at least, which return the one that they got."""
-    fields = {"poll_id": str(poll_id), "at_least_as_fresh": token(poll_id, version)}
+    fields = {"poll_id": str(poll.poll_id), "at_least_as_fresh": _token(poll, version)}
 
-    async def poll() -> int:
+    async def view() -> int:
         return (await stub.GetPoll(pb.GetPollRequest(**fields), timeout=seconds)).poll.version
 
     async def results() -> int:
         return (await stub.GetResults(pb.GetResultsRequest(**fields), timeout=seconds)).results.version
 
-    return [poll(), results()]
+    return [view(), results()]
 
 
 async def primary_has(pair: Pair, poll_id: UUID, version: int) -> None:
@@ -242,8 +247,8 @@ async def test_a_standby_is_promoted_while_readers_and_voters_go_on(
 ) -> None:
     poll = await log.poll()
     async with a_pair() as pair, reading(pair, write_dsn, nats_url, redis_url) as stub:
-        await results_are(stub, poll.poll_id, 2)
-        async with Readers(stub, poll.poll_id).running() as readers:
+        await results_are(stub, poll, 2)
+        async with Readers(stub, poll).running() as readers:
             for number in range(60):
                 await log.cast(poll)
                 if number == 20:
@@ -251,7 +256,7 @@ async def test_a_standby_is_promoted_while_readers_and_voters_go_on(
                     await readers.went_on()
                 if number == 40:
                     await pair.standby.run("SELECT pg_promote()")
-            await results_are(stub, poll.poll_id, poll.version)
+            await results_are(stub, poll, poll.version)
             await readers.went_on()
         results = (await stub.GetResults(pb.GetResultsRequest(poll_id=str(poll.poll_id)))).results
         assert [count.count for count in results.counts] == poll.counts
