@@ -152,7 +152,7 @@ class Import:
         poll that was created and not opened."""
         poll_id, token = self.poll_id, ""
         if poll_id is None:
-            identity = uuid.uuid4() if self.new_poll else self._identity()
+            identity = uuid.uuid4() if self.new_poll else self.request_id
             create = CreatePollRequest(request_id=str(identity), poll=self._spec())
             try:
                 created = await commands.call(
@@ -222,7 +222,9 @@ class Import:
                 outcome.results = response.results
         outcome.read_side_seconds = clock() - started
 
-    def _identity(self) -> uuid.UUID:
+    @property
+    def request_id(self) -> uuid.UUID:
+        """The request_id of the poll's creation: the same import has the same one, and so the same poll."""
         columns = "\1".join(self.file.choice_columns)
         parts = [self.survey.digest, self.title, columns, self.file.voter_column or "", *sorted(self.file.ignored)]
         parts += ["results after close"] if self.results_after_close else []

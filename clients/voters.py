@@ -69,11 +69,14 @@ class People:
         if first := self._known.get(voter_id):
             return first
         written = look(voter_id)
+        if written.isdecimal():
+            # Spreadsheets drop the zeros in front of a member's number.
+            written = written.lstrip("0") or "0"
         other = self._written.get(written) or (written if written != voter_id and written in self._known else None)
         if other is not None:
-            told = "voters who differ only in letter case, width or the like; --fold-case reads ids in lower case"
-            if self.fold_case:
-                told = "voters who differ only in Unicode forms"
+            told = "voters who differ only in letter case, zeros in front or Unicode forms"
+            if not self.fold_case:
+                told += "; --fold-case reads ids in lower case"
             self.findings.suspect(told, line, f"{voter_id!r} looks like {other!r} on line {self._known[other][0]}")
         if written != voter_id:
             self._written.setdefault(written, voter_id)

@@ -21,6 +21,8 @@ from tally.command.v1 import command_service_pb2 as command
 from tally.poll.v1.poll_pb2 import ELIGIBILITY_ROLL, VOTING_METHOD_SINGLE_CHOICE, PollOption, PollSpec, VotingMethod
 from tally.query.v1 import query_service_pb2 as query
 
+from clients.ballots import BallotFile
+from clients.importing import Import
 from tests.servers import refused
 from tests.system import System
 
@@ -315,6 +317,24 @@ async def test_options_stand_in_the_order_of_the_file_after_those_that_were_name
     assert [option.label for option in poll.options] == ["c", "b", "a"]
     # Who may see the job's output, may see no count before the poll is closed.
     assert "\n  c\n  b\n  a\n" in hidden.err
+
+
+async def test_a_file_that_another_version_imported_with_other_options_is_not_imported_again(
+    system: System, write: Write
+) -> None:
+    path = write("choice\nb\na\na\n")
+    ballots = BallotFile(path, ("choice",))
+    title = f"File {uuid4()}"
+    plan = Import(ballots, ballots.survey(), title=title)
+    # An earlier version sorted the options by their counts.
+    options = [PollOption(option_id=name, label=name) for name in ("a", "b")]
+    spec = PollSpec(title=title, method=VOTING_METHOD_SINGLE_CHOICE, options=options)
+    await system.command.CreatePoll(command.CreatePollRequest(request_id=str(plan.request_id), poll=spec))
+    arguments = ("import", str(path), "--title", title, "--choice-column", "choice", "-o", "json")
+    outcome = await tally(system, *arguments)
+    assert outcome.code == 1, outcome
+    assert "another version of tally imported this file" in outcome.err
+    assert (await tally(system, *arguments, "--new-poll")).code == 0
 
 
 async def test_several_columns_and_separators_make_an_approval_poll(system: System, write: Write) -> None:

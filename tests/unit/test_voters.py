@@ -118,6 +118,15 @@ def test_letters_that_no_case_joins_are_not_folded(tmp_path: Path) -> None:
     assert len(told(RollFile(path).survey(), Weight.SUSPICION)) == 1
 
 
+@pytest.mark.parametrize("numbers", [("00123", "123"), ("123", "0123"), ("\uff11\uff12", "012"), ("0", "000")])
+def test_numbers_that_differ_in_zeros_in_front_are_suspicious(tmp_path: Path, numbers: tuple[str, str]) -> None:
+    path = tmp_path / "roll.csv"
+    path.write_text("id\n" + "\n".join(numbers), encoding="utf-8")
+    survey = RollFile(path, "id").survey()
+    assert told(survey, Weight.SUSPICION) == [f"line 3: {numbers[1]!r} looks like {numbers[0]!r} on line 2"]
+    assert {voter for _, voter, _ in read(RollFile(path, "id"))} == set(numbers)
+
+
 def test_two_weights_of_one_voter_are_refused_and_the_same_one_is_told(tmp_path: Path) -> None:
     path = tmp_path / "roll.csv"
     path.write_text("voter,weight\nada,3\nbob,1\n ada,35\nbob,1\nADA,3\n")

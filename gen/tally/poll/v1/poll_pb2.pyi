@@ -171,7 +171,7 @@ class PollSpec(message.Message):
     @builtins.property
     def closes_at(self) -> timestamp_pb2.Timestamp:
         """closes_at is when the poll takes no more votes, by the write database's clock, and is closed by itself; absent: it is
-        closed by ClosePoll, which may also come before closes_at.
+        closed by ClosePoll, which may also come before closes_at. A draft whose closes_at has passed cannot be opened.
         """
 
     def __init__(
