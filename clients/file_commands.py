@@ -33,6 +33,7 @@ from clients.progress import Progress
 from clients.registering import Registration
 from clients.sheets import DELIMITERS
 from clients.voters import RollFile
+from contracts.text import clean_label
 
 _INTERRUPTED = 130
 _SOME_REJECTED = 3
@@ -158,6 +159,8 @@ def import_file(
     if poll and results_after_close:
         raise typer.BadParameter("--results-after-close is for a new poll; the one that is there stays as it is")
     poll = poll and find_poll(poll, query_address, data_dir)
+    if not all(map(clean_label, option or ())):
+        raise typer.BadParameter("an option needs a text that is seen", param_hint="--option")
     addresses = find_address("command", command_address, data_dir), find_address("query", query_address, data_dir)
     ballots = BallotFile(
         file,

@@ -29,21 +29,21 @@ class Finding:
 
 @dataclass
 class Findings:
-    """All that was found, in the order in which it was met."""
+    """All that was found, in the order in which it was met; what is found on line 0 is no line's."""
 
     kinds: dict[str, Finding] = field(default_factory=dict)
 
     def note(self, told: str, line: int, example: str) -> None:
         """What was read otherwise than it is written."""
-        self._add(Weight.NOTE, told, f"line {line}: {example}")
+        self._add(Weight.NOTE, told, line, example)
 
     def suspect(self, told: str, line: int, example: str) -> None:
-        """What is probably not meant; line 0: it is no line's."""
-        self._add(Weight.SUSPICION, told, f"line {line}: {example}" if line else example)
+        """What is probably not meant."""
+        self._add(Weight.SUSPICION, told, line, example)
 
     def refuse(self, told: str, line: int, example: str) -> None:
         """What cannot be meant, or can be meant in several ways."""
-        self._add(Weight.CONTRADICTION, told, f"line {line}: {example}")
+        self._add(Weight.CONTRADICTION, told, line, example)
 
     def stop(self, yes: bool) -> bool:
         """Whether nothing may be done with the file; `yes`: what is suspicious is right."""
@@ -61,8 +61,8 @@ class Findings:
                 told.append(f"  and {finding.count - len(finding.examples):,} more")
         return told
 
-    def _add(self, weight: Weight, told: str, example: str) -> None:
+    def _add(self, weight: Weight, told: str, line: int, example: str) -> None:
         finding = self.kinds.setdefault(told, Finding(weight, told))
         finding.count += 1
         if len(finding.examples) < _KEPT:
-            finding.examples.append(example)
+            finding.examples.append(f"line {line}: {example}" if line else example)

@@ -146,6 +146,7 @@ class RollFile:
         findings = Findings()
         people = People(findings, self.fold_case)
         header = _Header()
+        title = look(form.header[form.places[0]])
         repeated: set[int] = set()
         good = faulty = total = 0
         for line, cell, voter_id, weight, fault in self._rows(self._sheet.rows(form, digest, findings)):
@@ -156,6 +157,9 @@ class RollFile:
                     faults.append(f"line {line}: {fault}")
                 continue
             good += 1
+            if self.voter_column is not None and look(voter_id) == title:
+                told = "rows that repeat the header; lists put one behind the other have it twice"
+                findings.suspect(told, line, f"{voter_id!r} would be a voter")
             first = people.named(line, cell, voter_id, weight)
             if first is None:
                 total += weight

@@ -825,6 +825,8 @@ def test_wrong_usage_is_exit_code_2() -> None:
         (*imported, "--choice-column", "vote", "--title", "A", "--poll", "B"),
         (*imported, "--choice-column", "vote", "--poll", "B", "--new-poll"),
         (*imported, "--title", "A"),
+        (*imported, "--choice-column", "vote", "--title", "A", "--option", "\u200b"),
+        (*imported, "--choice-column", "vote", "--title", "A", "--delimiter", "::"),
         (*imported, "--choice-column", "vote", "--title", "A", "--batch-size", "20001"),
         ("poll", "list", "--state", "ajar"),
         ("poll", "create", "--title", "A"),

@@ -293,3 +293,10 @@ def test_the_example_of_the_documentation_is_what_is_printed(write: Write, monke
     monkeypatch.chdir(path.parent)
     file = BallotFile(Path("votes.csv"), ("Dates",), "Email Address")
     assert file.understood(file.survey()) == example[1:-1]
+
+
+def test_options_that_look_the_same_are_refused_without_a_line(write: Write) -> None:
+    path = write("choice\nTea\n")
+    survey = BallotFile(path, ("choice",), options=("Tea", "Milk", "tea")).survey()
+    assert every_line(survey) == ["'tea' looks like 'Tea' among the options"]
+    assert survey.findings.stop(yes=True)

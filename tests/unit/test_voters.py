@@ -170,3 +170,9 @@ def test_a_list_with_several_columns_asks_for_the_voters(tmp_path: Path) -> None
     with pytest.raises(UnusableFile, match=r"has 2 columns \('email', 'shares'\): --voter-column"):
         RollFile(path).survey()
     assert read(RollFile(path, "email", "shares")) == [(2, "ada@example.org", 3)]
+
+
+def test_a_header_in_the_middle_of_a_list_is_not_taken_for_a_voter(tmp_path: Path) -> None:
+    path = tmp_path / "roll.csv"
+    path.write_text("E-Mail,name\nada@x,Ada\ne-mail,Name\nbob@x,Bob\n")
+    assert told(RollFile(path, "E-Mail").survey(), Weight.SUSPICION) == ["line 3: 'e-mail' would be a voter"]
