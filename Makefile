@@ -7,6 +7,14 @@ SHELL := /bin/bash
 PROTOS := $(shell cd protos && find tally -name '*.proto' | sort)
 SERVICES := $(shell cd protos && find tally -name '*_service.proto' | sort)
 
+# A .venv whose Python or packages are gone, as after an upgrade of Python, is made anew.
+ifneq ($(wildcard $(VENV)/.ready),)
+PROBE := import pip, asyncpg, grpc, nats, redis, typer, tally.poll.v1.poll_pb2
+ifneq ($(shell $(BIN)/python -c '$(PROBE)' >/dev/null 2>&1 && echo whole),whole)
+$(shell rm -f $(VENV)/.ready)
+endif
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help setup up demo test fuzz bench bench-quick generate generate/verify verify format lint lock release-contract
 
@@ -15,9 +23,11 @@ help: ## list the targets
 
 setup: $(VENV)/.ready ## create .venv with the locked dependencies
 
+# Without its mark .ready, a .venv was left half-made by an interruption, whenever that was, and is not built upon.
 $(VENV)/.ready: requirements.lock pyproject.toml gen/pyproject.toml tools/export_validate_proto.py command_server/_ballots.c
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tally needs Python 3.11 or newer; set PYTHON=python3.x")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -f $@ || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
+	rm -f $@
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e gen -e .
 	$(BIN)/python tools/export_validate_proto.py $(VENV)/protos
