@@ -130,7 +130,9 @@ class Session:
         async with self._one_at_a_time:
             found = await self._read(poll_ids)
             for poll_id in poll_ids:
-                if self._tallies.get(poll_id) != found.get(poll_id):
+                if poll_id not in found:
+                    self._tallies.keep(poll_id, None)
+                elif poll_id in self._tallies and self._tallies.get(poll_id) != found[poll_id]:
                     self._tallies.forget(poll_id)
             return found
 
@@ -168,7 +170,7 @@ class Session:
 
     async def _load(self, poll_ids: Iterable[str]) -> dict[str, Tally | None]:
         tallies = {poll_id: self._tallies.get(poll_id) for poll_id in poll_ids}
-        unknown = [poll_id for poll_id, tally in tallies.items() if tally is None]
+        unknown = [poll_id for poll_id in tallies if poll_id not in self._tallies]
         if unknown:
             loaded = await self._read(unknown)
             for poll_id, tally in loaded.items():
@@ -195,7 +197,8 @@ class Session:
         version = result.tally.version if result.tally else 0
         if result.tally and result.applied:
             changes.append(Change(poll_id, before, result.tally, result.applied))
-        _duplicates.labels(self._model.name).inc(result.duplicates)
+        if result.duplicates:
+            _duplicates.labels(self._model.name).inc(result.duplicates)
         letter = self._parked.get(poll_id)
         if result.error:
             self._park(poll_id, version + 1, str(result.error), received)
@@ -273,19 +276,21 @@ class Session:
 
     def _measure(self, changes: Sequence[Change]) -> None:
         name = self._model.name
-        for change in changes:
-            _events.labels(name).inc(len(change.events))
-            _votes.labels(name).inc(sum(cast_votes(event.votes_cast) for event in change.events))
+        _events.labels(name).inc(sum(len(change.events) for change in changes))
+        _votes.labels(name).inc(sum(cast_votes(event.votes_cast) for change in changes for event in change.events))
         _open_gaps.labels(name).set(len(self._gaps))
         _parked.labels(name).set(len(self._parked))
 
 
 class _Tallies:
-    """Polls as the read model has them, the latest used ones."""
+    """Polls as the read model has them, the latest used ones; None for one that it does not have."""
 
     def __init__(self) -> None:
-        self._tallies: OrderedDict[str, Tally] = OrderedDict()
+        self._tallies: OrderedDict[str, Tally | None] = OrderedDict()
         self._options = 0
+
+    def __contains__(self, poll_id: str) -> bool:
+        return poll_id in self._tallies
 
     def get(self, poll_id: str) -> Tally | None:
         tally = self._tallies.get(poll_id)
@@ -293,17 +298,20 @@ class _Tallies:
             self._tallies.move_to_end(poll_id)
         return tally
 
-    def keep(self, poll_id: str, tally: Tally) -> None:
+    def keep(self, poll_id: str, tally: Tally | None) -> None:
         self.forget(poll_id)
         self._tallies[poll_id] = tally
-        self._options += len(tally.options)
+        self._options += _options(tally)
         while self._options > _CACHED_OPTIONS:
             self.forget(next(iter(self._tallies)))
 
     def forget(self, poll_id: str) -> None:
-        tally = self._tallies.pop(poll_id, None)
-        if tally is not None:
-            self._options -= len(tally.options)
+        if poll_id in self._tallies:
+            self._options -= _options(self._tallies.pop(poll_id))
+
+
+def _options(tally: Tally | None) -> int:
+    return len(tally.options) if tally else 1
 
 
 def _contradicts(event: Event, tally: Tally) -> bool:
