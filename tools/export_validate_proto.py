@@ -1,8 +1,8 @@
 """Writes buf/validate/validate.proto, which our protos import, into a folder.
 
 The file is the protovalidate project's, not ours, and no package of a Python registry ships its text. The locked
-`protovalidate` wheel carries its descriptor; this prints that descriptor as a .proto file, so that buf, protoc and the
-validator at run time agree on one version and nothing of another project is committed.
+`protovalidate` wheel carries its descriptor; this prints that descriptor as a .proto file, so that buf, protoc, foreign
+generators and the validator at run time agree on one version. tools/generate.sh keeps protos/buf up to date with it.
 
     python tools/export_validate_proto.py FOLDER
 """
@@ -39,6 +39,7 @@ class Printer:
 
     def lines(self) -> Iterator[str]:
         yield f"// Printed by tools/export_validate_proto.py from the descriptor in the protovalidate wheel: {NAME}."
+        yield "// Copyright Buf Technologies, Inc. Licensed under the Apache License, Version 2.0."
         yield f'syntax = "{self.syntax}";'
         yield f"package {self.file.package};"
         for dependency in self.file.dependency:

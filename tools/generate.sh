@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Generates the Python stubs from protos/.
+# Generates the Python stubs from protos/, and the rules that they import, protos/buf, from the locked protovalidate package.
 #   tools/generate.sh FOLDER     writes them into FOLDER, which keeps its stubs where that fails
 #   tools/generate.sh --verify   fails if gen/ is not what the protos give
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 generate() {
-    (cd protos && find tally -name '*.proto' | sort) | xargs python -m grpc_tools.protoc -Iprotos -I.venv/protos \
+    (cd protos && find tally -name '*.proto' | sort) | xargs python -m grpc_tools.protoc -Iprotos \
         --python_out="$1" --mypy_out=quiet,readable_stubs:"$1" buf/validate/validate.proto
-    (cd protos && find tally -name '*_service.proto' | sort) | xargs python -m grpc_tools.protoc -Iprotos -I.venv/protos \
+    (cd protos && find tally -name '*_service.proto' | sort) | xargs python -m grpc_tools.protoc -Iprotos \
         --grpc_python_out="$1" --mypy_grpc_out=quiet:"$1"
     find "$1" -path '*/v1' -exec touch {}/py.typed \;
 }
@@ -18,6 +18,15 @@ work=$(mktemp -d -p . .generate.XXXXXX)
 trap 'rm -rf "$work"' EXIT
 fresh=$work/gen
 mkdir "$fresh"
+python tools/export_validate_proto.py "$work/rules"
+buf format -w "$work/rules"
+if [ "$1" != --verify ]; then
+    mkdir -p protos/buf/validate
+    mv -f "$work/rules/buf/validate/validate.proto" protos/buf/validate/validate.proto
+elif ! diff -r "$work/rules/buf" protos/buf; then
+    echo "protos/buf is not what the locked protovalidate package has: run 'make generate' and commit the result" >&2
+    exit 1
+fi
 generate "$fresh"
 
 if [ "$1" = --verify ]; then
