@@ -12,7 +12,9 @@ from tally.poll.v1.error_reason_pb2 import ErrorReason
 from tally.poll.v1.poll_pb2 import ELIGIBILITY_ROLL, VOTING_METHOD_SINGLE_CHOICE, PollOption, PollSpec
 from tally.query.v1 import query_service_pb2 as query
 
-from tests.servers import refused
+from command_server import ballots
+from contracts.text import voter_id_problem
+from tests.servers import command_server, refused
 from tests.system import System
 
 BAD_IDS = {
@@ -159,3 +161,26 @@ async def test_another_weight_than_the_roll_has_is_counted_wherever_it_comes(sys
     request = query.GetResultsRequest(poll_id=poll_id, at_least_as_fresh=token)
     results = (await system.query.GetResults(request, timeout=10)).results
     assert [option.count for option in results.counts] == [3, 0]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+async def test_both_readers_of_votes_reject_the_same_ids(
+    write_dsn: str, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(ballots, "compiled", None)
+    voter_ids = [f"{before}{chr(byte)}{after}" for byte in range(128) for before in ("", "a") for after in ("", "z")]
+    voter_ids = [*dict.fromkeys(voter_ids), "josé", "\u00a0ada", "ada\u3000", "1\uff12"]
+    async with command_server(write_dsn) as stub:
+        created = await stub.CreatePoll(command.CreatePollRequest(poll=spec({"y": "Yes", "n": "No"})))
+        await stub.OpenPoll(command.OpenPollRequest(poll_id=created.poll_id))
+        batches = [
+            command.CastVotesRequest(
+                poll_id=created.poll_id, votes=[command.Vote(voter_id=voter, option_ids=["y"]) for voter in ids]
+            )
+            for ids in (["warm-up"], voter_ids)
+        ]
+        _, response = [response async for response in stub.CastVotes(iter(batches))]
+    rejected = {rejection.index for rejection in response.rejections}
+    assert rejected == {index for index, voter in enumerate(voter_ids) if voter_id_problem(voter)}
+    assert 100 < len(rejected) < 200
