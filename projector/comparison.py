@@ -37,7 +37,7 @@ CONNECT_SECONDS = 3.0
 
 # A page has as many polls as are compared in about this time, with and without haste: the events on the stream wait for
 # it, and large polls must not fill the memory.
-_URGENT_PAGE_SECONDS, _PAGE_SECONDS = 0.2, 0.05
+_URGENT_PAGE_SECONDS, _PAGE_SECONDS = 0.2, 0.02
 _SMALLEST_PAGE, _LARGEST_PAGE = 20, 1000
 # While nothing is known to be missing, a page is followed by a pause of so many times what it took, and all pages by
 # one of so many seconds.
@@ -49,7 +49,7 @@ _ON_ITS_WAY_SECONDS = 1.0
 _EPOCH_SECONDS = 20.0
 _PROGRESS_SECONDS = 5.0
 # Polls whose missing events are read together.
-_WANTED = 1000
+WANTED = 1000
 
 _LABELS = ["read_model"]
 _compared = Counter("tally_projector_compared_polls", "Polls that were compared with the event log.", _LABELS)
@@ -134,7 +134,7 @@ class Comparison:
     async def _step(self, source: EventLog) -> None:
         """Compares the polls that are wanted, or else a page."""
         if self._wanted:
-            wanted = list(self._wanted)[:_WANTED]
+            wanted = list(self._wanted)[:WANTED]
             for poll_id in wanted:
                 del self._wanted[poll_id]
             polls = await _from_log(source.polls(wanted))

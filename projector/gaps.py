@@ -6,8 +6,6 @@ from projector.stream import Position
 
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 5.0
-# Requests that go out at once; the others follow.
-_REQUESTS = 100
 
 
 @dataclass(slots=True)
@@ -65,14 +63,14 @@ class Gaps:
     def forget(self, poll_id: str) -> None:
         self._gaps.pop(poll_id, None)
 
-    def due(self, now: float) -> list[tuple[str, int]]:
-        """The polls, and the first missing version of each, that are to be asked for now."""
+    def due(self, now: float, most: int) -> list[tuple[str, int]]:
+        """The polls, up to `most`, and the first missing version of each, that are to be asked for now."""
         due = []
         for poll_id, gap in self._gaps.items():
             if gap.ask_at <= now:
                 due.append((poll_id, gap.missing))
                 gap.ask_at = now + gap.pause
                 gap.pause = min(gap.pause * 2, _LONGEST_PAUSE_SECONDS)
-                if len(due) == _REQUESTS:
+                if len(due) == most:
                     break
         return due

@@ -22,7 +22,7 @@ from contracts import log_epoch
 from contracts.bus import REPUBLISH, republish_request
 from contracts.status import REPORT_SECONDS
 from projector import event_log, stream
-from projector.comparison import CONNECT_SECONDS, LOG_FAILURES, Comparison
+from projector.comparison import CONNECT_SECONDS, LOG_FAILURES, WANTED, Comparison
 from projector.event_log import Incomplete
 from projector.progress import Progress
 from projector.read_model import Displaced, Outdated, ReadModel, Replaced
@@ -38,6 +38,11 @@ log = structlog.get_logger()
 _LOOK_SECONDS = 0.2
 _CHECK_SECONDS = 1.0
 _GOOD_SESSION_SECONDS = 10.0
+# Requests that go to the relay at once; the others follow.
+_REQUESTS = 100
+# How often all polls are compared at most because the stream has removed messages before they were read: with a limit
+# for each poll it does so all the time, and then a later event of the same poll shows that one is missing.
+_SKIPPED_SECONDS = 60.0
 # A read model that is made anew from the stream alone has all of it when nothing has come for so long.
 _QUIET_SECONDS = 15.0
 # How long a relay may take to name the history of the events on a stream that it has made.
@@ -249,6 +254,7 @@ class _Following(Session):
         self._end = end
         self._comparison = Comparison(self, model.name, write_dsn, self._ask_relay) if write_dsn else None
         self._checked_at = 0.0
+        self._skipped_at = -_SKIPPED_SECONDS
 
     async def run(
         self, stop: asyncio.Event, begun: Callable[[], None], *, retry: bool, complete: asyncio.Event | None = None
@@ -273,8 +279,8 @@ class _Following(Session):
                     filling = False
                 messages = await reader.next(_LOOK_SECONDS)
                 backlog -= len(messages)
-                if reader.skipped:
-                    reader.skipped = False
+                if reader.skipped and time.monotonic() >= self._skipped_at + _SKIPPED_SECONDS:
+                    reader.skipped, self._skipped_at = False, time.monotonic()
                     log.warning("the stream has removed messages before they were read")
                     if self._comparison:
                         self._comparison.hurry()
@@ -327,11 +333,10 @@ class _Following(Session):
         streamed = self._progress.stream_epoch
         if streamed is not None:
             _require_epoch(self.log_epoch, streamed)
-        due = self._gaps.due(time.monotonic())
         if self._comparison and self._comparison.available:
-            self._comparison.want([poll_id for poll_id, _ in due])
+            self._comparison.want([poll_id for poll_id, _ in self._gaps.due(time.monotonic(), WANTED)])
         else:
-            for poll_id, version in due:
+            for poll_id, version in self._gaps.due(time.monotonic(), _REQUESTS):
                 await self._ask_relay(poll_id, version)
         if self.suspects:
             log.error("an event came again and is another one", polls=len(self.suspects), poll_id=min(self.suspects))

@@ -1,10 +1,13 @@
 """How several reports of the same things become one answer, and what an operator is told of it."""
 
+import time
 from typing import Any
+from uuid import UUID
 
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from tally.query.v1.query_service_pb2 import (
+    READ_MODEL_STATE_FILLING,
     READ_MODEL_STATE_INTERRUPTED,
     READ_MODEL_STATE_READING,
     READ_MODEL_STATE_REBUILDING,
@@ -18,6 +21,7 @@ from tally.query.v1.query_service_pb2 import (
 
 from clients.status import troubles_of
 from projector.progress import Progress
+from projector.stream import Position
 from query_server.status import Heard, lags, merged
 
 NOW = 1_800_000_000
@@ -222,3 +226,31 @@ def test_clocks_that_are_wrong_make_no_report_old_or_fresh() -> None:
     silent = list(troubles_of(retimed(9, 3), 10))
     assert any("its projector was last heard of" in trouble for trouble in silent)
     assert any("the relay was last heard of" in trouble for trouble in silent)
+
+
+def test_an_old_event_that_is_published_again_makes_no_read_model_old() -> None:
+    progress, now = Progress("live"), time.time()
+    # The stream stored it a moment ago, whenever it was recorded; and more is to come.
+    progress.applied(Position(7, round((now - 2) * 1e6)), everything=False, gapped=0, parked=[])
+    [status] = progress.report().read_models
+    assert 2 <= status.seconds_behind < 10
+
+
+def test_while_events_are_taken_from_the_log_those_are_behind() -> None:
+    progress = Progress("live")
+    epoch = UUID("01a22394-ab39-79e6-add9-21be037d7314")
+    position = Position(0, 0, epoch)
+    progress._stream = StreamStatus(last_sequence=1000)
+    progress.applied(position, everything=True, filling=True, lacking=40, gapped=0, parked=[])
+    [status] = progress.report().read_models
+    assert (status.state, status.events_behind, status.log_epoch) == (READ_MODEL_STATE_FILLING, 40, str(epoch))
+    assert not status.HasField("seconds_behind")
+    progress.rebuilding("another history")
+    progress.made(30, 100)
+    # What interrupts it does not end it.
+    progress.interrupted("the store failed")
+    [status] = progress.report().read_models
+    assert (status.state, status.events_behind) == (READ_MODEL_STATE_REBUILDING, 70)
+    progress.applied(position._replace(sequence=1000), everything=True, gapped=0, parked=[])
+    [status] = progress.report().read_models
+    assert (status.state, status.events_behind, status.seconds_behind) == (READ_MODEL_STATE_READING, 0, 0)
