@@ -16,7 +16,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up demo test fuzz bench bench-quick generate generate/verify verify format lint lock release-contract
+.PHONY: help setup up demo test quickstart-node fuzz bench bench-quick generate generate/verify verify format lint lock release-contract
 
 help: ## list the targets
 	@grep -hE '^[a-z/-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ demo: setup ## count a real election of 80,101 ballots, end to end
 
 test: setup ## unit, integration and contract tests against real servers
 	pytest
+
+quickstart-node: setup ## run examples/node against a running Tally; needs node and npm
+	python -m pytest examples/node
 
 fuzz: setup ## fuzz the compiled code with sanitizers, for SECONDS (60)
 	python tools/fuzz_ballots.py $(or $(SECONDS),60)
