@@ -36,7 +36,7 @@ from tally.query.v1.query_service_pb2 import (
     Results,
 )
 
-from clients import specs
+from clients import archiving, specs
 from clients.charts import disagreement, results_data, results_table, state_name
 from clients.connection import Address, CommandServer, QueryServer, Refused, command, find_address, not_opened, query
 from clients.listings import Column, Listing
@@ -55,7 +55,9 @@ from clients.output import ListOutput, Output, console, plain, print_csv, print_
 from clients.poll_ids import find_poll
 from clients.watchers import describe, watch
 
-app = typer.Typer(no_args_is_help=True, help="Create, change, open, close, certify and look at polls.")
+app = typer.Typer(no_args_is_help=True, help="Create, change, open, close, certify, archive and look at polls.")
+app.command()(archiving.archive)
+app.command("verify-archive")(archiving.verify_archive)
 
 # A page stays well within what one answer may have, also where polls have many options.
 _PAGE = 100

@@ -23,6 +23,7 @@ STATUS_CODES: Mapping[ErrorReason.ValueType, int] = {
     ErrorReason.ERROR_REASON_POLL_NOT_DRAFT: code_pb2.FAILED_PRECONDITION,
     ErrorReason.ERROR_REASON_POLL_NOT_CLOSED: code_pb2.FAILED_PRECONDITION,
     ErrorReason.ERROR_REASON_RESULTS_HIDDEN: code_pb2.FAILED_PRECONDITION,
+    ErrorReason.ERROR_REASON_POLL_ARCHIVED: code_pb2.FAILED_PRECONDITION,
     ErrorReason.ERROR_REASON_ALREADY_VOTED: code_pb2.ALREADY_EXISTS,
     ErrorReason.ERROR_REASON_VOTER_NOT_ELIGIBLE: code_pb2.PERMISSION_DENIED,
     ErrorReason.ERROR_REASON_OVERLOADED: code_pb2.RESOURCE_EXHAUSTED,
@@ -104,6 +105,13 @@ def invalid_request(fields: Mapping[str, str]) -> Refusal:
         fields = {**dict(islice(fields.items(), told)), "": more}
     message = "; ".join(f"{field or 'request'}: {rule}" for field, rule in fields.items())
     return Refusal(ErrorReason.ERROR_REASON_INVALID_REQUEST, message, fields)
+
+
+def poll_archived(poll_id: object) -> Refusal:
+    """The answer about votes that are in a file now."""
+    return Refusal(
+        ErrorReason.ERROR_REASON_POLL_ARCHIVED, f"poll {poll_id} was archived: who voted is only in its archive file"
+    )
 
 
 def results_hidden(poll_id: object) -> Refusal:

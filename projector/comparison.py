@@ -231,7 +231,12 @@ class Comparison:
         self, source: EventLog, polls: Collection[LoggedPoll], tallies: dict[str, Tally]
     ) -> list[LoggedPoll]:
         """The polls whose latest event in the read model is not in the log, or is another one there."""
-        have = {poll: tally for poll in polls if (tally := tallies.get(str(poll.poll_id)))}
+        # Of a poll that was archived, the log has only the latest events.
+        have = {
+            poll: tally
+            for poll in polls
+            if (tally := tallies.get(str(poll.poll_id))) and tally.version >= poll.snapshot_version
+        }
         if not have:
             return []
         logged = await _from_log(source.recorded_at({poll.poll_no: tally.version for poll, tally in have.items()}))

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import asyncpg
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.timestamp_pb2 import Timestamp
-from tally.event.v1.event_pb2 import Event
+from tally.event.v1.event_pb2 import Event, PollArchived
 from tally.poll.v1.poll_pb2 import (
     ELIGIBILITY_OPEN,
     RESULTS_VISIBILITY_LIVE,
@@ -60,14 +60,24 @@ def _told(event: Event) -> dict[str, Any]:
     recorded_at = event.recorded_at.ToJsonString()
     match event.WhichOneof("change"):
         case "poll_created":
-            return {"created_at": recorded_at, "opened_at": None, "closed_at": None} | _planned(event.poll_created.poll)
+            times = {"created_at": recorded_at, "opened_at": None, "closed_at": None, "archived_at": None}
+            return times | _planned(event.poll_created.poll)
         case "poll_updated":
             return _planned(event.poll_updated.poll)
         case "poll_opened":
             return {"opened_at": recorded_at}
         case "poll_closed" | "poll_cancelled":
             return {"closed_at": recorded_at}
+        case "poll_archived":
+            # Whole: where the earlier events were removed already, nothing else tells what the poll was.
+            told = event.poll_archived
+            times = {name: _text(told, name) for name in ("created_at", "opened_at", "closed_at")}
+            return times | {"archived_at": recorded_at} | _planned(told.poll)
     return {}
+
+
+def _text(told: PollArchived, name: Literal["created_at", "opened_at", "closed_at"]) -> str | None:
+    return getattr(told, name).ToJsonString() if told.HasField(name) else None
 
 
 def _planned(spec: PollSpec) -> dict[str, Any]:

@@ -40,6 +40,8 @@ class LoggedPoll(NamedTuple):
     poll_id: UUID
     version: int
     recorded_at: datetime
+    # The events before this one may be gone: it holds all that they come to. 0: none are.
+    snapshot_version: int
 
 
 class Incomplete(Exception):  # noqa: N818 - says what the event log is
@@ -87,7 +89,7 @@ class EventLog:
     async def page(self, after: int, limit: int) -> list[tuple[LoggedPoll, bool]]:
         """The next polls by their number, up to `limit`; each with whether events of it wait for the relay."""
         rows = await self._connection.fetch(sql.page, after, limit)
-        return [(LoggedPoll(*row[:4]), row["waiting"]) for row in rows]
+        return [(LoggedPoll(*row[:5]), row["waiting"]) for row in rows]
 
     async def polls(self, poll_ids: Sequence[str]) -> list[LoggedPoll]:
         """Those of the polls that there are."""
@@ -102,7 +104,7 @@ class EventLog:
         """The events of some polls after the known versions, in order and in chunks, as the stream brings them."""
         ids = {poll.poll_no: poll.poll_id for poll in polls}
         # From which version to which one is missing of each poll.
-        missing = {poll.poll_no: (known[poll.poll_id], poll.version) for poll in polls}
+        missing = {poll.poll_no: (max(known[poll.poll_id], poll.snapshot_version - 1), poll.version) for poll in polls}
         while wanted := _first(missing, _CHUNK_EVENTS):
             rows = await self._connection.fetch(sql.events, *zip(*wanted, strict=True), _CHUNK_BYTES)
             if not rows:

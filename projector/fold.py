@@ -94,7 +94,7 @@ def advance(tally: Tally | None, events: Iterable[Event]) -> Advance:
         version = tally.version if tally else 0
         if event.version <= version:
             duplicates += 1
-        elif event.version > version + 1:
+        elif event.version > version + 1 and not event.HasField("poll_archived"):
             beyond = event.version
         else:
             try:
@@ -110,10 +110,10 @@ def advance(tally: Tally | None, events: Iterable[Event]) -> Advance:
 def fold(tally: Tally | None, event: Event) -> Tally:
     """The poll after one more event; an unknown one that is ignorable only changes the version. Raises Unfoldable."""
     change = event.WhichOneof("change")
+    if change == "poll_archived":
+        return _archived(event)
     if tally is None:
-        if change != "poll_created" or event.version != 1:
-            raise Unfoldable(f"version {event.version} is {change}: not the beginning of a poll")
-        return _planned(Tally(1, POLL_STATE_DRAFT, (), (), event.recorded_at), event.poll_created.poll)
+        return _created(event)
     if event.version != tally.version + 1:
         raise Unfoldable(f"version {event.version} cannot follow version {tally.version}")
     if change not in _STATES:
@@ -192,6 +192,33 @@ def _certification(tally: Tally, recount: Recount, *, agreed: bool) -> Certifica
         for option, count in zip(tally.options, recount.counts, strict=True)
     ]
     return Certification(certified_at=tally.as_of, counts=counts, total_votes=recount.total_votes, agreed=agreed)
+
+
+def _created(event: Event) -> Tally:
+    if not event.HasField("poll_created") or event.version != 1:
+        raise Unfoldable(f"version {event.version} is {event.WhichOneof('change')}: not the beginning of a poll")
+    return _planned(Tally(1, POLL_STATE_DRAFT, (), (), event.recorded_at), event.poll_created.poll)
+
+
+def _archived(event: Event) -> Tally:
+    """The poll as its archive tells it, whatever was known of it before."""
+    told = event.poll_archived
+    tally = _planned(Tally(event.version, told.state, (), (), event.recorded_at), told.poll)
+    if len(told.recount.counts) != len(tally.options):
+        raise Unfoldable(
+            f"version {event.version} has {len(told.recount.counts)} counts of {len(tally.options)} options"
+        )
+    tally = tally._replace(
+        counts=tuple(told.recount.counts),
+        total_votes=told.recount.total_votes,
+        total_weight=told.total_weight,
+        eligible_voters=told.eligible_voters,
+        hidden=tally.hidden and told.state == POLL_STATE_CANCELLED,
+    )
+    if told.HasField("certified_at"):
+        certification = _certification(tally._replace(as_of=told.certified_at), told.recount, agreed=True)
+        tally = tally._replace(certification=certification)
+    return tally
 
 
 def _version(event: Event) -> int:

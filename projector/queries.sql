@@ -7,9 +7,9 @@ FROM polls WHERE poll_id = ANY ($1::uuid[])
 INSERT INTO polls (
     poll_id, title, description, method, option_ids, option_labels, max_choices, opens_at, closes_at, allow_vote_change,
     eligibility, results_visibility, version, state, counts, total_votes, as_of, created_at, opened_at, closed_at,
-    eligible_voters, certification, hidden, outcome, total_weight
+    eligible_voters, certification, hidden, outcome, total_weight, archived_at
 ) VALUES (
-    $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25
+    $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25, $26
 )
 ON CONFLICT DO NOTHING
 RETURNING poll_id, poll_no
@@ -38,14 +38,15 @@ UPDATE polls SET
     certification = new.certification,
     hidden = new.hidden,
     outcome = new.outcome,
-    total_weight = new.total_weight
+    total_weight = new.total_weight,
+    archived_at = new.archived_at
 FROM unnest(
     $1::uuid[], $2::bigint[], $3::bigint[], $4::text[], $5::text[], $6::bigint[],
     $7::timestamptz[], $8::timestamptz[], $9::timestamptz[], $10::bigint[], $11::bytea[], $12::boolean[], $13::bytea[],
-    $14::bigint[]
+    $14::bigint[], $15::timestamptz[]
 ) AS new (
     poll_id, before, version, state, counts, total_votes, as_of, opened_at, closed_at, eligible_voters, certification,
-    hidden, outcome, total_weight
+    hidden, outcome, total_weight, archived_at
 )
 WHERE polls.poll_id = new.poll_id AND polls.version = new.before
 RETURNING polls.poll_id, polls.poll_no
@@ -59,3 +60,6 @@ INSERT INTO turnout (poll_no, start_time, votes)
 SELECT poll_no, start_time, votes
 FROM unnest($1::integer[], $2::timestamptz[], $3::bigint[]) AS new (poll_no, start_time, votes)
 ON CONFLICT (poll_no, start_time) DO UPDATE SET votes = turnout.votes + excluded.votes
+
+-- remove_turnout: polls that are archived have no turnout over time any longer
+DELETE FROM turnout WHERE poll_no = ANY ($1::integer[])

@@ -12,16 +12,18 @@ SELECT pg_snapshot_xmin(pg_current_snapshot())::xid::text
 
 -- changed_polls: a page of the polls with an event of a transaction from a horizon on, NULL: of all polls. Each event
 -- changes its poll's row; by transactions, unlike by times, none can be missed that is committed late.
-SELECT poll_no, poll_id, version, recorded_at FROM polls
+SELECT poll_no, poll_id, version, recorded_at, snapshot_version FROM polls
 WHERE poll_no > $1 AND ($2::text IS NULL OR age(xmin) <= age($2::text::xid))
 ORDER BY poll_no LIMIT $3
 
 -- page: the next polls by number; and whether the stream does not have all of their events yet
-SELECT poll_no, poll_id, version, recorded_at, poll_no IN (SELECT outbox.poll_no FROM outbox) AS waiting
+SELECT
+    poll_no, poll_id, version, recorded_at, snapshot_version,
+    poll_no IN (SELECT outbox.poll_no FROM outbox) AS waiting
 FROM polls WHERE poll_no > $1 ORDER BY poll_no LIMIT $2
 
 -- polls: those of some ids that there are
-SELECT poll_no, poll_id, version, recorded_at FROM polls WHERE poll_id = ANY ($1::uuid[])
+SELECT poll_no, poll_id, version, recorded_at, snapshot_version FROM polls WHERE poll_id = ANY ($1::uuid[])
 
 -- recorded_at: when certain events were recorded
 SELECT poll_no, event.recorded_at

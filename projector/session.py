@@ -234,8 +234,9 @@ class Session:
             for change in changes:
                 tally = tallies[change.poll_id]
                 for event in change.events:
+                    before = tally.version if tally else 0
                     tally = fold(tally, event)
-                    step = Change(change.poll_id, event.version - 1, tally, [event])
+                    step = Change(change.poll_id, before, tally, [event])
                     try:
                         await self._model.store([step], {}, self._stored, self._stored)
                     except refusals as error:

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from struct import Struct
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import asyncpg
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -68,6 +68,8 @@ class Views(Schema):
                 await self._replace_votes(poll_no, event)
         if turnout := _turnout(events):
             await self._connection.execute(sql.add_turnout, *zip(*turnout, strict=True))
+        if archived := [poll_no for poll_no, event in events if event.HasField("poll_archived")]:
+            await self._connection.execute(sql.remove_turnout, archived)
 
     async def _replace_votes(self, poll_no: int, event: Event) -> None:
         """The votes of an event some of which take the place of earlier ones."""
@@ -100,14 +102,15 @@ def _inserted(change: Change) -> tuple[object, ...]:
         tally.counts,
         tally.total_votes,
         _moment(tally.as_of),
-        _moment(change.events[0].recorded_at),
-        _when(change.events, "poll_opened"),
-        _when(change.events, "poll_closed", "poll_cancelled"),
+        _when(change.events, "created_at", "poll_created"),
+        _when(change.events, "opened_at", "poll_opened"),
+        _when(change.events, "closed_at", "poll_closed", "poll_cancelled"),
         tally.eligible_voters,
         _certification(tally),
         tally.hidden,
         _outcome(tally),
         tally.total_weight,
+        _archived_at(change.events),
     )
 
 
@@ -121,13 +124,14 @@ def _updated(change: Change) -> tuple[object, ...]:
         f"{{{','.join(map(str, tally.counts))}}}",
         tally.total_votes,
         _moment(tally.as_of),
-        _when(change.events, "poll_opened"),
-        _when(change.events, "poll_closed", "poll_cancelled"),
+        _when(change.events, "opened_at", "poll_opened"),
+        _when(change.events, "closed_at", "poll_closed", "poll_cancelled"),
         tally.eligible_voters,
         _certification(tally),
         tally.hidden,
         _outcome(tally),
         tally.total_weight,
+        _archived_at(change.events),
     )
 
 
@@ -135,8 +139,13 @@ def _newest_spec(events: Sequence[Event]) -> PollSpec | None:
     """What the poll is after these events; None where none of them says so."""
     for event in reversed(events):
         change = event.WhichOneof("change")
-        if change in ("poll_created", "poll_updated"):
-            return event.poll_created.poll if change == "poll_created" else event.poll_updated.poll
+        match change:
+            case "poll_created":
+                return event.poll_created.poll
+            case "poll_updated":
+                return event.poll_updated.poll
+            case "poll_archived":
+                return event.poll_archived.poll
     return None
 
 
@@ -232,8 +241,20 @@ def _outcome(tally: Tally) -> bytes | None:
     return came_to.SerializeToString() if came_to else None
 
 
-def _when(events: Sequence[Event], *changes: str) -> datetime | None:
-    return next((_moment(event.recorded_at) for event in events if event.WhichOneof("change") in changes), None)
+def _when(
+    events: Sequence[Event], field: Literal["created_at", "opened_at", "closed_at"], *changes: str
+) -> datetime | None:
+    """When one of these changes happened; `field` is where the archive of a poll tells it."""
+    for event in events:
+        if event.WhichOneof("change") in changes:
+            return _moment(event.recorded_at)
+        if event.poll_archived.HasField(field):
+            return _moment(getattr(event.poll_archived, field))
+    return None
+
+
+def _archived_at(events: Sequence[Event]) -> datetime | None:
+    return next((_moment(event.recorded_at) for event in events if event.HasField("poll_archived")), None)
 
 
 def _moment(timestamp: Timestamp) -> datetime:

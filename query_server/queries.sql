@@ -1,7 +1,7 @@
 -- poll: a poll as readers see it, without its counts. This and what follows returns no row while its read model is being
 -- filled, and a row without a poll_id where a full one does not have the poll.
 SELECT log_epoch, polls.poll_id, title, description, option_ids, option_labels, method, state, version, created_at,
-    opened_at, closed_at, max_choices, opens_at, closes_at, allow_vote_change, eligibility, results_visibility
+    opened_at, closed_at, max_choices, opens_at, closes_at, allow_vote_change, eligibility, results_visibility, archived_at
 FROM stream_position LEFT JOIN polls ON polls.poll_id = $1 WHERE NOT filling
 
 -- positions: how far those polls are that the views have
@@ -15,7 +15,8 @@ FROM documents.stream_position LEFT JOIN documents.documents ON poll_id = ANY ($
 -- polls_page: polls older than a place in the list, newest first
 SELECT log_epoch, page.* FROM stream_position LEFT JOIN LATERAL (
     SELECT poll_id, title, description, option_ids, option_labels, method, state, version, created_at, opened_at,
-        closed_at, max_choices, opens_at, closes_at, allow_vote_change, eligibility, results_visibility
+        closed_at, max_choices, opens_at, closes_at, allow_vote_change, eligibility, results_visibility,
+        archived_at
     FROM polls WHERE (created_at, poll_id) < ($1, $2)
     ORDER BY created_at DESC, poll_id DESC LIMIT $3
 ) AS page ON true WHERE NOT filling
@@ -23,7 +24,8 @@ SELECT log_epoch, page.* FROM stream_position LEFT JOIN LATERAL (
 -- polls_page_in_state: the same, of the polls in one state
 SELECT log_epoch, page.* FROM stream_position LEFT JOIN LATERAL (
     SELECT poll_id, title, description, option_ids, option_labels, method, state, version, created_at, opened_at,
-        closed_at, max_choices, opens_at, closes_at, allow_vote_change, eligibility, results_visibility
+        closed_at, max_choices, opens_at, closes_at, allow_vote_change, eligibility, results_visibility,
+        archived_at
     FROM polls WHERE (created_at, poll_id) < ($1, $2) AND state = $4
     ORDER BY created_at DESC, poll_id DESC LIMIT $3
 ) AS page ON true WHERE NOT filling
@@ -32,7 +34,8 @@ SELECT log_epoch, page.* FROM stream_position LEFT JOIN LATERAL (
 -- OFFSET keeps the planner from reading all polls, newest first, for the few that are wanted.
 SELECT log_epoch, page.* FROM stream_position LEFT JOIN LATERAL (
     SELECT poll_id, title, description, option_ids, option_labels, method, state, version, created_at, opened_at,
-        closed_at, max_choices, opens_at, closes_at, allow_vote_change, eligibility, results_visibility
+        closed_at, max_choices, opens_at, closes_at, allow_vote_change, eligibility, results_visibility,
+        archived_at
     FROM (SELECT * FROM polls WHERE poll_id BETWEEN $4 AND $5 OFFSET 0) AS polls
     WHERE (created_at, poll_id) < ($1, $2) AND ($6::text IS NULL OR state = $6)
     ORDER BY created_at DESC, poll_id DESC LIMIT $3
@@ -48,7 +51,7 @@ SELECT log_epoch, news.* FROM stream_position LEFT JOIN LATERAL (
 ) AS news ON true WHERE NOT filling
 
 -- vote: how far a poll is, and whether the voter has a vote in it; not which version counts it: docs/security.md
-SELECT log_epoch, poll_id, polls.version, votes.vote_key IS NOT NULL AS voted
+SELECT log_epoch, poll_id, polls.version, archived_at, votes.vote_key IS NOT NULL AS voted
 FROM stream_position LEFT JOIN polls ON poll_id = $1
 LEFT JOIN votes ON votes.vote_key = encode($2::bytea || int4send(polls.poll_no), 'hex')::uuid
 WHERE NOT filling
@@ -65,13 +68,13 @@ SELECT status FROM documents.projector_status WHERE read_model = $1
 SELECT log_epoch, page.* FROM stream_position LEFT JOIN LATERAL (
     SELECT poll_id, title, state, outcome, created_at, poll.version
     FROM votes, LATERAL (SELECT * FROM polls WHERE polls.poll_no = votes.poll_no OFFSET 0) AS poll
-    WHERE vote_key BETWEEN $1 AND $2 AND (created_at, poll_id) < ($3, $4)
+    WHERE vote_key BETWEEN $1 AND $2 AND (created_at, poll_id) < ($3, $4) AND archived_at IS NULL
     ORDER BY created_at DESC, poll_id DESC LIMIT $5
 ) AS page ON true WHERE NOT filling
 
 -- turnout: a poll with how many voted in each length of time of $2 seconds, from $3 to $4; and before all that, with no
 -- start.
-SELECT log_epoch, poll_id, version, as_of, opened_at, closed_at, total_votes, eligible_voters, chart.*
+SELECT log_epoch, poll_id, version, as_of, opened_at, closed_at, archived_at, total_votes, eligible_voters, chart.*
 FROM stream_position LEFT JOIN polls ON poll_id = $1 LEFT JOIN LATERAL (
     SELECT CASE WHEN start_time >= to_timestamp($3) THEN extract(epoch FROM start_time)::bigint / $2 * $2 END
         AS start_seconds, sum(votes)::bigint AS votes

@@ -38,7 +38,7 @@ from contracts.freshness import token
 from contracts.live import hidden_results
 from contracts.log_epoch import LogPosition
 from contracts.read_database import DOCUMENTS, TURNOUT_GRAIN, VIEWS, VOTER_BYTES, vote_key
-from contracts.refusals import ReadModelBehind, invalid_request
+from contracts.refusals import ReadModelBehind, invalid_request, poll_archived
 from query_server.pace import Pace
 from query_server.turnout import Buckets, buckets
 from runtime.postgres import queries
@@ -140,8 +140,10 @@ class Views:
         return found | {row["poll_id"]: _position(row) for row in rows if row["poll_id"]}
 
     async def vote(self, poll_id: UUID, voter_key: bytes) -> tuple[LogPosition, VoteReceipt | None]:
-        """The receipt of a voter in a poll, with only its poll_id; None if there is none."""
+        """The receipt of a voter in a poll, with only its poll_id; None if there is none. Raises POLL_ARCHIVED."""
         [row] = await self._fetch_full(sql.vote, poll_id, voter_key[:VOTER_BYTES])
+        if row["archived_at"]:
+            raise poll_archived(poll_id)
         return _position(row), VoteReceipt(poll_id=str(poll_id)) if row["voted"] else None
 
     async def newer_results(self, known: Mapping[UUID, LogPosition]) -> dict[UUID, Found]:
@@ -214,7 +216,7 @@ class Views:
 
     @_persistent
     async def turnout(self, request: GetTurnoutRequest) -> tuple[LogPosition, GetTurnoutResponse | None]:
-        """How many voted when; None if there is no such poll."""
+        """How many voted when; None if there is no such poll. Raises POLL_ARCHIVED."""
         asked, chart = None, Buckets(request.bucket.seconds or TURNOUT_GRAIN, 0, 0)
         async with self._connection() as connection:
             # Which buckets there are depends on the poll, so it is asked for none first, and then until the answer is
@@ -224,6 +226,8 @@ class Views:
                 poll = rows[0]
                 if not poll["poll_id"]:
                     return _position(poll), None
+                if poll["archived_at"]:
+                    raise poll_archived(poll["poll_id"])
                 asked, chart = chart, buckets(request, poll["opened_at"], poll["closed_at"] or poll["as_of"])
         votes = {row["start_seconds"]: row["votes"] for row in rows}
         before = votes.pop(None, None) or 0
@@ -372,6 +376,7 @@ def _poll(row: Any) -> Poll:
         allow_vote_change=row["allow_vote_change"],
         eligibility=Eligibility.Value(f"ELIGIBILITY_{row['eligibility']}"),
         results_visibility=ResultsVisibility.Value(f"RESULTS_VISIBILITY_{row['results_visibility']}"),
+        archived_at=row["archived_at"],
     )
 
 

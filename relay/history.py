@@ -93,7 +93,11 @@ class History:
         rows = await self._pool.fetch(
             sql.recorded_at, [event.poll_id for event in mine], [event.headers.version for event in mine]
         )
-        return [event for event, row in zip(mine, rows, strict=True) if not _is_event(event, row["recorded_at"])]
+        return [
+            event
+            for event, row in zip(mine, rows, strict=True)
+            if not row["archived"] and not _is_event(event, row["recorded_at"])
+        ]
 
     async def _read(self) -> tuple[UUID, UUID]:
         """The deployment, and the current epoch of the log."""

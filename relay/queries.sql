@@ -38,8 +38,9 @@ LOCK TABLE log_epochs IN SHARE ROW EXCLUSIVE MODE
 -- begin_epoch: a new log epoch, greater than the current one and than $2
 SELECT begin_log_epoch($1, $2)
 
--- recorded_at: when some events were recorded, in the order of the arguments; NULL for an event that the log lacks
-SELECT event.recorded_at
+-- recorded_at: when some events were recorded, in the order of the arguments; NULL for an event that the log lacks; and
+-- whether it may lack it, because the poll was archived since
+SELECT event.recorded_at, coalesce(asked.version < polls.snapshot_version, false) AS archived
 FROM unnest($1::uuid[], $2::bigint[]) WITH ORDINALITY AS asked (poll_id, version, place)
 LEFT JOIN polls USING (poll_id)
 LEFT JOIN events AS event ON event.poll_no = polls.poll_no AND event.version = asked.version

@@ -11,14 +11,17 @@ import pytest
 from tally.event.v1.event_pb2 import (
     CountChange,
     Event,
+    PollArchived,
     PollCancelled,
     PollClosed,
     PollCreated,
     PollOpened,
     PollUpdated,
+    Recount,
     VotesCast,
 )
 from tally.poll.v1.poll_pb2 import (
+    POLL_STATE_CERTIFIED,
     POLL_STATE_CLOSED,
     POLL_STATE_DRAFT,
     POLL_STATE_OPEN,
@@ -190,3 +193,29 @@ def test_the_weight_of_all_votes_has_each_voter_once() -> None:
     assert folded(life(weighted(5, 2), weighted(5, 9, replaced=1, replaced_weight=5))).total_weight == 16
     # An older event does not tell what the replaced votes weigh; from then on the sum is not known.
     assert folded(life(weighted(5, 2), weighted(5, 9, replaced=1), weighted(1))).total_weight is None
+
+
+def archived(version: int, **told: Any) -> Event:
+    recount = Recount(counts=[5, 2], total_votes=6)
+    told = {"poll": CREATED.poll, "state": POLL_STATE_CERTIFIED, "recount": recount, "certified_at": START, **told}
+    return event(version, poll_archived=PollArchived(**told), ignorable=True)
+
+
+@pytest.mark.parametrize("known", [[], [event(1, poll_created=CREATED)]])
+def test_an_archived_poll_needs_none_of_its_earlier_events(known: list[Event]) -> None:
+    result = advance(None, [*known, archived(9, total_weight=8, eligible_voters=7)])
+    tally = result.tally
+    assert tally is not None
+    assert (result.beyond, result.error) == (0, None)
+    assert (tally.version, tally.state, tally.counts, tally.total_votes) == (9, POLL_STATE_CERTIFIED, (5, 2), 6)
+    assert (tally.total_weight, tally.eligible_voters, tally.hidden) == (8, 7, False)
+    assert tally.certification is not None
+    assert tally.certification.agreed
+    assert [count.count for count in tally.certification.counts] == [5, 2]
+    assert advance(tally, [event(4, poll_opened=PollOpened()), archived(9)]).duplicates == 2
+
+
+def test_an_archive_that_does_not_fit_its_poll_is_not_applied() -> None:
+    result = advance(None, [archived(9, recount=Recount(counts=[5], total_votes=5))])
+    assert result.tally is None
+    assert "1 counts of 2 options" in str(result.error)

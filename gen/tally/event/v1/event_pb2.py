@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from tally.poll.v1 import poll_pb2 as tally_dot_poll_dot_v1_dot_poll__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atally/event/v1/event.proto\x12\x0etally.event.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18tally/poll/v1/poll.proto\"\xb9\x05\n\x05\x45vent\x12\x0f\n\x07poll_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12/\n\x0brecorded_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tignorable\x18\x0e \x01(\x08\x12\x33\n\x0cpoll_created\x18\x04 \x01(\x0b\x32\x1b.tally.event.v1.PollCreatedH\x00\x12\x31\n\x0bpoll_opened\x18\x05 \x01(\x0b\x32\x1a.tally.event.v1.PollOpenedH\x00\x12/\n\nvotes_cast\x18\x06 \x01(\x0b\x32\x19.tally.event.v1.VotesCastH\x00\x12\x31\n\x0bpoll_closed\x18\x07 \x01(\x0b\x32\x1a.tally.event.v1.PollClosedH\x00\x12\x33\n\x0cpoll_updated\x18\x08 \x01(\x0b\x32\x1b.tally.event.v1.PollUpdatedH\x00\x12\x37\n\x0epoll_cancelled\x18\t \x01(\x0b\x32\x1d.tally.event.v1.PollCancelledH\x00\x12=\n\x11voters_registered\x18\n \x01(\x0b\x32 .tally.event.v1.VotersRegisteredH\x00\x12I\n\x17\x63\x65rtification_requested\x18\x0b \x01(\x0b\x32&.tally.event.v1.CertificationRequestedH\x00\x12\x37\n\x0epoll_certified\x18\x0c \x01(\x0b\x32\x1d.tally.event.v1.PollCertifiedH\x00\x12\x43\n\x14\x63\x65rtification_failed\x18\r \x01(\x0b\x32#.tally.event.v1.CertificationFailedH\x00\x42\x08\n\x06\x63hange\"4\n\x0bPollCreated\x12%\n\x04poll\x18\x01 \x01(\x0b\x32\x17.tally.poll.v1.PollSpec\"4\n\x0bPollUpdated\x12%\n\x04poll\x18\x01 \x01(\x0b\x32\x17.tally.poll.v1.PollSpec\"\x0c\n\nPollOpened\"\x0c\n\nPollClosed\"\x0f\n\rPollCancelled\"2\n\x10VotersRegistered\x12\x0e\n\x06voters\x18\x01 \x01(\x03\x12\x0e\n\x06weight\x18\x02 \x01(\x03\"\x18\n\x16\x43\x65rtificationRequested\"9\n\rPollCertified\x12(\n\x07recount\x18\x01 \x01(\x0b\x32\x17.tally.event.v1.Recount\"e\n\x13\x43\x65rtificationFailed\x12(\n\x07recount\x18\x01 \x01(\x0b\x32\x17.tally.event.v1.Recount\x12$\n\x03log\x18\x02 \x01(\x0b\x32\x17.tally.event.v1.Recount\".\n\x07Recount\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\x03\x12\x13\n\x0btotal_votes\x18\x02 \x01(\x03\"\xca\x01\n\tVotesCast\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x06\x12\x12\n\nvoter_keys\x18\x02 \x01(\x0c\x12\x16\n\x0eoption_numbers\x18\x03 \x03(\r\x12\x0f\n\x07\x63hoices\x18\x04 \x03(\r\x12\x0f\n\x07weights\x18\x05 \x03(\r\x12\x10\n\x08replaced\x18\x06 \x01(\x03\x12\x32\n\rcount_changes\x18\x07 \x03(\x0b\x32\x1b.tally.event.v1.CountChange\x12\x17\n\x0freplaced_weight\x18\x08 \x01(\x03\"4\n\x0b\x43ountChange\x12\x15\n\roption_number\x18\x01 \x01(\r\x12\x0e\n\x06\x63hange\x18\x02 \x01(\x12\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atally/event/v1/event.proto\x12\x0etally.event.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18tally/poll/v1/poll.proto\"\xf0\x05\n\x05\x45vent\x12\x0f\n\x07poll_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12/\n\x0brecorded_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tignorable\x18\x0e \x01(\x08\x12\x33\n\x0cpoll_created\x18\x04 \x01(\x0b\x32\x1b.tally.event.v1.PollCreatedH\x00\x12\x31\n\x0bpoll_opened\x18\x05 \x01(\x0b\x32\x1a.tally.event.v1.PollOpenedH\x00\x12/\n\nvotes_cast\x18\x06 \x01(\x0b\x32\x19.tally.event.v1.VotesCastH\x00\x12\x31\n\x0bpoll_closed\x18\x07 \x01(\x0b\x32\x1a.tally.event.v1.PollClosedH\x00\x12\x33\n\x0cpoll_updated\x18\x08 \x01(\x0b\x32\x1b.tally.event.v1.PollUpdatedH\x00\x12\x37\n\x0epoll_cancelled\x18\t \x01(\x0b\x32\x1d.tally.event.v1.PollCancelledH\x00\x12=\n\x11voters_registered\x18\n \x01(\x0b\x32 .tally.event.v1.VotersRegisteredH\x00\x12I\n\x17\x63\x65rtification_requested\x18\x0b \x01(\x0b\x32&.tally.event.v1.CertificationRequestedH\x00\x12\x37\n\x0epoll_certified\x18\x0c \x01(\x0b\x32\x1d.tally.event.v1.PollCertifiedH\x00\x12\x43\n\x14\x63\x65rtification_failed\x18\r \x01(\x0b\x32#.tally.event.v1.CertificationFailedH\x00\x12\x35\n\rpoll_archived\x18\x0f \x01(\x0b\x32\x1c.tally.event.v1.PollArchivedH\x00\x42\x08\n\x06\x63hange\"4\n\x0bPollCreated\x12%\n\x04poll\x18\x01 \x01(\x0b\x32\x17.tally.poll.v1.PollSpec\"4\n\x0bPollUpdated\x12%\n\x04poll\x18\x01 \x01(\x0b\x32\x17.tally.poll.v1.PollSpec\"\x0c\n\nPollOpened\"\x0c\n\nPollClosed\"\x0f\n\rPollCancelled\"2\n\x10VotersRegistered\x12\x0e\n\x06voters\x18\x01 \x01(\x03\x12\x0e\n\x06weight\x18\x02 \x01(\x03\"\x18\n\x16\x43\x65rtificationRequested\"9\n\rPollCertified\x12(\n\x07recount\x18\x01 \x01(\x0b\x32\x17.tally.event.v1.Recount\"e\n\x13\x43\x65rtificationFailed\x12(\n\x07recount\x18\x01 \x01(\x0b\x32\x17.tally.event.v1.Recount\x12$\n\x03log\x18\x02 \x01(\x0b\x32\x17.tally.event.v1.Recount\"\x87\x03\n\x0cPollArchived\x12%\n\x04poll\x18\x01 \x01(\x0b\x32\x17.tally.poll.v1.PollSpec\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.tally.poll.v1.PollState\x12.\n\ncreated_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\topened_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tclosed_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x07recount\x18\x06 \x01(\x0b\x32\x17.tally.event.v1.Recount\x12\x17\n\x0f\x65ligible_voters\x18\x07 \x01(\x03\x12\x30\n\x0c\x63\x65rtified_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06sha256\x18\t \x01(\x0c\x12\x14\n\x0ctotal_weight\x18\n \x01(\x03\".\n\x07Recount\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\x03\x12\x13\n\x0btotal_votes\x18\x02 \x01(\x03\"\xca\x01\n\tVotesCast\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x06\x12\x12\n\nvoter_keys\x18\x02 \x01(\x0c\x12\x16\n\x0eoption_numbers\x18\x03 \x03(\r\x12\x0f\n\x07\x63hoices\x18\x04 \x03(\r\x12\x0f\n\x07weights\x18\x05 \x03(\r\x12\x10\n\x08replaced\x18\x06 \x01(\x03\x12\x32\n\rcount_changes\x18\x07 \x03(\x0b\x32\x1b.tally.event.v1.CountChange\x12\x17\n\x0freplaced_weight\x18\x08 \x01(\x03\"4\n\x0b\x43ountChange\x12\x15\n\roption_number\x18\x01 \x01(\r\x12\x0e\n\x06\x63hange\x18\x02 \x01(\x12\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,29 +34,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tally.event.v1.event_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EVENT']._serialized_start=106
-  _globals['_EVENT']._serialized_end=803
-  _globals['_POLLCREATED']._serialized_start=805
-  _globals['_POLLCREATED']._serialized_end=857
-  _globals['_POLLUPDATED']._serialized_start=859
-  _globals['_POLLUPDATED']._serialized_end=911
-  _globals['_POLLOPENED']._serialized_start=913
-  _globals['_POLLOPENED']._serialized_end=925
-  _globals['_POLLCLOSED']._serialized_start=927
-  _globals['_POLLCLOSED']._serialized_end=939
-  _globals['_POLLCANCELLED']._serialized_start=941
-  _globals['_POLLCANCELLED']._serialized_end=956
-  _globals['_VOTERSREGISTERED']._serialized_start=958
-  _globals['_VOTERSREGISTERED']._serialized_end=1008
-  _globals['_CERTIFICATIONREQUESTED']._serialized_start=1010
-  _globals['_CERTIFICATIONREQUESTED']._serialized_end=1034
-  _globals['_POLLCERTIFIED']._serialized_start=1036
-  _globals['_POLLCERTIFIED']._serialized_end=1093
-  _globals['_CERTIFICATIONFAILED']._serialized_start=1095
-  _globals['_CERTIFICATIONFAILED']._serialized_end=1196
-  _globals['_RECOUNT']._serialized_start=1198
-  _globals['_RECOUNT']._serialized_end=1244
-  _globals['_VOTESCAST']._serialized_start=1247
-  _globals['_VOTESCAST']._serialized_end=1449
-  _globals['_COUNTCHANGE']._serialized_start=1451
-  _globals['_COUNTCHANGE']._serialized_end=1503
+  _globals['_EVENT']._serialized_end=858
+  _globals['_POLLCREATED']._serialized_start=860
+  _globals['_POLLCREATED']._serialized_end=912
+  _globals['_POLLUPDATED']._serialized_start=914
+  _globals['_POLLUPDATED']._serialized_end=966
+  _globals['_POLLOPENED']._serialized_start=968
+  _globals['_POLLOPENED']._serialized_end=980
+  _globals['_POLLCLOSED']._serialized_start=982
+  _globals['_POLLCLOSED']._serialized_end=994
+  _globals['_POLLCANCELLED']._serialized_start=996
+  _globals['_POLLCANCELLED']._serialized_end=1011
+  _globals['_VOTERSREGISTERED']._serialized_start=1013
+  _globals['_VOTERSREGISTERED']._serialized_end=1063
+  _globals['_CERTIFICATIONREQUESTED']._serialized_start=1065
+  _globals['_CERTIFICATIONREQUESTED']._serialized_end=1089
+  _globals['_POLLCERTIFIED']._serialized_start=1091
+  _globals['_POLLCERTIFIED']._serialized_end=1148
+  _globals['_CERTIFICATIONFAILED']._serialized_start=1150
+  _globals['_CERTIFICATIONFAILED']._serialized_end=1251
+  _globals['_POLLARCHIVED']._serialized_start=1254
+  _globals['_POLLARCHIVED']._serialized_end=1645
+  _globals['_RECOUNT']._serialized_start=1647
+  _globals['_RECOUNT']._serialized_end=1693
+  _globals['_VOTESCAST']._serialized_start=1696
+  _globals['_VOTESCAST']._serialized_end=1898
+  _globals['_COUNTCHANGE']._serialized_start=1900
+  _globals['_COUNTCHANGE']._serialized_end=1952
 # @@protoc_insertion_point(module_scope)

@@ -40,6 +40,7 @@ class Event(message.Message):
     CERTIFICATION_REQUESTED_FIELD_NUMBER: builtins.int
     POLL_CERTIFIED_FIELD_NUMBER: builtins.int
     CERTIFICATION_FAILED_FIELD_NUMBER: builtins.int
+    POLL_ARCHIVED_FIELD_NUMBER: builtins.int
     poll_id: builtins.str
     """poll_id is the poll that changed; a UUID."""
     version: builtins.int
@@ -92,6 +93,12 @@ class Event(message.Message):
     def certification_failed(self) -> CertificationFailed:
         """certification_failed: the recount did not agree with the log."""
 
+    @builtins.property
+    def poll_archived(self) -> PollArchived:
+        """poll_archived: the poll's votes and earlier events are in a file now; this event holds all that they come to, so a
+        reader may apply it to any earlier version, and to none. It is ignorable: readers that do not know it lose nothing.
+        """
+
     def __init__(
         self,
         *,
@@ -109,12 +116,13 @@ class Event(message.Message):
         certification_requested: CertificationRequested | None = ...,
         poll_certified: PollCertified | None = ...,
         certification_failed: CertificationFailed | None = ...,
+        poll_archived: PollArchived | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["certification_failed", b"certification_failed", "certification_requested", b"certification_requested", "change", b"change", "poll_cancelled", b"poll_cancelled", "poll_certified", b"poll_certified", "poll_closed", b"poll_closed", "poll_created", b"poll_created", "poll_opened", b"poll_opened", "poll_updated", b"poll_updated", "recorded_at", b"recorded_at", "voters_registered", b"voters_registered", "votes_cast", b"votes_cast"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["certification_failed", b"certification_failed", "certification_requested", b"certification_requested", "change", b"change", "poll_archived", b"poll_archived", "poll_cancelled", b"poll_cancelled", "poll_certified", b"poll_certified", "poll_closed", b"poll_closed", "poll_created", b"poll_created", "poll_opened", b"poll_opened", "poll_updated", b"poll_updated", "recorded_at", b"recorded_at", "voters_registered", b"voters_registered", "votes_cast", b"votes_cast"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["certification_failed", b"certification_failed", "certification_requested", b"certification_requested", "change", b"change", "ignorable", b"ignorable", "poll_cancelled", b"poll_cancelled", "poll_certified", b"poll_certified", "poll_closed", b"poll_closed", "poll_created", b"poll_created", "poll_id", b"poll_id", "poll_opened", b"poll_opened", "poll_updated", b"poll_updated", "recorded_at", b"recorded_at", "version", b"version", "voters_registered", b"voters_registered", "votes_cast", b"votes_cast"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["certification_failed", b"certification_failed", "certification_requested", b"certification_requested", "change", b"change", "ignorable", b"ignorable", "poll_archived", b"poll_archived", "poll_cancelled", b"poll_cancelled", "poll_certified", b"poll_certified", "poll_closed", b"poll_closed", "poll_created", b"poll_created", "poll_id", b"poll_id", "poll_opened", b"poll_opened", "poll_updated", b"poll_updated", "recorded_at", b"recorded_at", "version", b"version", "voters_registered", b"voters_registered", "votes_cast", b"votes_cast"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_change: _TypeAlias = typing.Literal["poll_created", "poll_opened", "votes_cast", "poll_closed", "poll_updated", "poll_cancelled", "voters_registered", "certification_requested", "poll_certified", "certification_failed"]  # noqa: Y015
+    _WhichOneofReturnType_change: _TypeAlias = typing.Literal["poll_created", "poll_opened", "votes_cast", "poll_closed", "poll_updated", "poll_cancelled", "voters_registered", "certification_requested", "poll_certified", "certification_failed", "poll_archived"]  # noqa: Y015
     _WhichOneofArgType_change: _TypeAlias = typing.Literal["change", b"change"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_change) -> _WhichOneofReturnType_change | None: ...
 
@@ -293,6 +301,74 @@ class CertificationFailed(message.Message):
     _HasFieldArgType: _TypeAlias = typing.Literal["log", b"log", "recount", b"recount"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["log", b"log", "recount", b"recount"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PollArchived(message.Message):
+    """PollArchived is what an ended poll came to. The events before it are not kept."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    POLL_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    CREATED_AT_FIELD_NUMBER: builtins.int
+    OPENED_AT_FIELD_NUMBER: builtins.int
+    CLOSED_AT_FIELD_NUMBER: builtins.int
+    RECOUNT_FIELD_NUMBER: builtins.int
+    ELIGIBLE_VOTERS_FIELD_NUMBER: builtins.int
+    CERTIFIED_AT_FIELD_NUMBER: builtins.int
+    SHA256_FIELD_NUMBER: builtins.int
+    TOTAL_WEIGHT_FIELD_NUMBER: builtins.int
+    state: poll_pb2.PollState.ValueType
+    """state is CERTIFIED or CANCELLED, and stays so."""
+    eligible_voters: builtins.int
+    """eligible_voters is the number of voters on the electoral roll."""
+    sha256: builtins.bytes
+    """sha256 is the digest of the archive file, 32 bytes: it names the file that has the votes."""
+    total_weight: builtins.int
+    """total_weight is the sum of the weights of all counted votes."""
+    @builtins.property
+    def poll(self) -> poll_pb2.PollSpec:
+        """poll is what the poll was."""
+
+    @builtins.property
+    def created_at(self) -> timestamp_pb2.Timestamp:
+        """created_at is when the poll was created."""
+
+    @builtins.property
+    def opened_at(self) -> timestamp_pb2.Timestamp:
+        """opened_at is when it was opened; absent where it never was."""
+
+    @builtins.property
+    def closed_at(self) -> timestamp_pb2.Timestamp:
+        """closed_at is when it was closed or cancelled."""
+
+    @builtins.property
+    def recount(self) -> Recount:
+        """recount is what the votes come to; for a CERTIFIED poll it is what was certified."""
+
+    @builtins.property
+    def certified_at(self) -> timestamp_pb2.Timestamp:
+        """certified_at is when it was certified; absent where it was cancelled."""
+
+    def __init__(
+        self,
+        *,
+        poll: poll_pb2.PollSpec | None = ...,
+        state: poll_pb2.PollState.ValueType = ...,
+        created_at: timestamp_pb2.Timestamp | None = ...,
+        opened_at: timestamp_pb2.Timestamp | None = ...,
+        closed_at: timestamp_pb2.Timestamp | None = ...,
+        recount: Recount | None = ...,
+        eligible_voters: builtins.int = ...,
+        certified_at: timestamp_pb2.Timestamp | None = ...,
+        sha256: builtins.bytes = ...,
+        total_weight: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["certified_at", b"certified_at", "closed_at", b"closed_at", "created_at", b"created_at", "opened_at", b"opened_at", "poll", b"poll", "recount", b"recount"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["certified_at", b"certified_at", "closed_at", b"closed_at", "created_at", b"created_at", "eligible_voters", b"eligible_voters", "opened_at", b"opened_at", "poll", b"poll", "recount", b"recount", "sha256", b"sha256", "state", b"state", "total_weight", b"total_weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

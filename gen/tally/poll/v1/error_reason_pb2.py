@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n tally/poll/v1/error_reason.proto\x12\rtally.poll.v1*\xd5\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12 \n\x1c\x45RROR_REASON_INVALID_REQUEST\x10\x01\x12\x1f\n\x1b\x45RROR_REASON_UNKNOWN_OPTION\x10\x02\x12!\n\x1d\x45RROR_REASON_TOO_MANY_CHOICES\x10\x03\x12\x1f\n\x1b\x45RROR_REASON_POLL_NOT_FOUND\x10\x04\x12\x1f\n\x1b\x45RROR_REASON_VOTE_NOT_FOUND\x10\x05\x12\x1e\n\x1a\x45RROR_REASON_POLL_NOT_OPEN\x10\x06\x12\x1f\n\x1b\x45RROR_REASON_POLL_NOT_DRAFT\x10\x07\x12\x1e\n\x1a\x45RROR_REASON_ALREADY_VOTED\x10\x08\x12\x1b\n\x17\x45RROR_REASON_OVERLOADED\x10\t\x12\"\n\x1e\x45RROR_REASON_STORE_UNAVAILABLE\x10\n\x12\"\n\x1e\x45RROR_REASON_READ_MODEL_BEHIND\x10\x0b\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\x0c\x12 \n\x1c\x45RROR_REASON_POLL_NOT_CLOSED\x10\r\x12#\n\x1f\x45RROR_REASON_VOTER_NOT_ELIGIBLE\x10\x0e\x12\x1f\n\x1b\x45RROR_REASON_RESULTS_HIDDEN\x10\x0f\x12\x1e\n\x1a\x45RROR_REASON_VOTE_CONFLICT\x10\x10\x12\x17\n\x13\x45RROR_REASON_LOCKED\x10\x11\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n tally/poll/v1/error_reason.proto\x12\rtally.poll.v1*\xf5\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12 \n\x1c\x45RROR_REASON_INVALID_REQUEST\x10\x01\x12\x1f\n\x1b\x45RROR_REASON_UNKNOWN_OPTION\x10\x02\x12!\n\x1d\x45RROR_REASON_TOO_MANY_CHOICES\x10\x03\x12\x1f\n\x1b\x45RROR_REASON_POLL_NOT_FOUND\x10\x04\x12\x1f\n\x1b\x45RROR_REASON_VOTE_NOT_FOUND\x10\x05\x12\x1e\n\x1a\x45RROR_REASON_POLL_NOT_OPEN\x10\x06\x12\x1f\n\x1b\x45RROR_REASON_POLL_NOT_DRAFT\x10\x07\x12\x1e\n\x1a\x45RROR_REASON_ALREADY_VOTED\x10\x08\x12\x1b\n\x17\x45RROR_REASON_OVERLOADED\x10\t\x12\"\n\x1e\x45RROR_REASON_STORE_UNAVAILABLE\x10\n\x12\"\n\x1e\x45RROR_REASON_READ_MODEL_BEHIND\x10\x0b\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\x0c\x12 \n\x1c\x45RROR_REASON_POLL_NOT_CLOSED\x10\r\x12#\n\x1f\x45RROR_REASON_VOTER_NOT_ELIGIBLE\x10\x0e\x12\x1f\n\x1b\x45RROR_REASON_RESULTS_HIDDEN\x10\x0f\x12\x1e\n\x1a\x45RROR_REASON_VOTE_CONFLICT\x10\x10\x12\x17\n\x13\x45RROR_REASON_LOCKED\x10\x11\x12\x1e\n\x1a\x45RROR_REASON_POLL_ARCHIVED\x10\x12\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tally.poll.v1.error_reason_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERRORREASON']._serialized_start=52
-  _globals['_ERRORREASON']._serialized_end=649
+  _globals['_ERRORREASON']._serialized_end=681
 # @@protoc_insertion_point(module_scope)

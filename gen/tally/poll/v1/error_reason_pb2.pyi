@@ -84,6 +84,10 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     call could wait; nothing was changed; UNAVAILABLE, with a `google.rpc.RetryInfo`. Everything else goes on. Example: a
     database session that locked the poll's row and did not commit.
     """
+    ERROR_REASON_POLL_ARCHIVED: _ErrorReason.ValueType  # 18
+    """ERROR_REASON_POLL_ARCHIVED: the poll was archived; who voted, and when, is only in the archive file;
+    FAILED_PRECONDITION. Example: GetVote in such a poll. Its results can still be read.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason says why a call failed. The name without its prefix is the `reason` of the `google.rpc.ErrorInfo`
@@ -151,4 +155,8 @@ ERROR_REASON_LOCKED: ErrorReason.ValueType  # 17
 """ERROR_REASON_LOCKED: another transaction held the poll, or this voter's vote, or this request_id, for longer than the
 call could wait; nothing was changed; UNAVAILABLE, with a `google.rpc.RetryInfo`. Everything else goes on. Example: a
 database session that locked the poll's row and did not commit.
+"""
+ERROR_REASON_POLL_ARCHIVED: ErrorReason.ValueType  # 18
+"""ERROR_REASON_POLL_ARCHIVED: the poll was archived; who voted, and when, is only in the archive file;
+FAILED_PRECONDITION. Example: GetVote in such a poll. Its results can still be read.
 """

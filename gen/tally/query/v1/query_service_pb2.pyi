@@ -156,6 +156,7 @@ class Poll(message.Message):
     ALLOW_VOTE_CHANGE_FIELD_NUMBER: builtins.int
     ELIGIBILITY_FIELD_NUMBER: builtins.int
     RESULTS_VISIBILITY_FIELD_NUMBER: builtins.int
+    ARCHIVED_AT_FIELD_NUMBER: builtins.int
     poll_id: builtins.str
     """poll_id names the poll; a UUID."""
     title: builtins.str
@@ -200,6 +201,12 @@ class Poll(message.Message):
     def closes_at(self) -> timestamp_pb2.Timestamp:
         """closes_at is when the poll closes by itself; absent: when it is told to."""
 
+    @builtins.property
+    def archived_at(self) -> timestamp_pb2.Timestamp:
+        """archived_at is when the poll's votes and events were moved into a file; absent: they were not. Results stay; GetVote
+        and GetTurnout fail with POLL_ARCHIVED.
+        """
+
     def __init__(
         self,
         *,
@@ -219,10 +226,11 @@ class Poll(message.Message):
         allow_vote_change: builtins.bool = ...,
         eligibility: poll_pb2.Eligibility.ValueType = ...,
         results_visibility: poll_pb2.ResultsVisibility.ValueType = ...,
+        archived_at: timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["closed_at", b"closed_at", "closes_at", b"closes_at", "created_at", b"created_at", "opened_at", b"opened_at", "opens_at", b"opens_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["archived_at", b"archived_at", "closed_at", b"closed_at", "closes_at", b"closes_at", "created_at", b"created_at", "opened_at", b"opened_at", "opens_at", b"opens_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["allow_vote_change", b"allow_vote_change", "closed_at", b"closed_at", "closes_at", b"closes_at", "created_at", b"created_at", "description", b"description", "eligibility", b"eligibility", "max_choices", b"max_choices", "method", b"method", "opened_at", b"opened_at", "opens_at", b"opens_at", "options", b"options", "poll_id", b"poll_id", "results_visibility", b"results_visibility", "state", b"state", "title", b"title", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["allow_vote_change", b"allow_vote_change", "archived_at", b"archived_at", "closed_at", b"closed_at", "closes_at", b"closes_at", "created_at", b"created_at", "description", b"description", "eligibility", b"eligibility", "max_choices", b"max_choices", "method", b"method", "opened_at", b"opened_at", "opens_at", b"opens_at", "options", b"options", "poll_id", b"poll_id", "results_visibility", b"results_visibility", "state", b"state", "title", b"title", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
