@@ -8,6 +8,7 @@ import json
 from base64 import b64decode, b64encode
 from datetime import datetime
 from typing import NamedTuple
+from uuid import UUID
 
 # What is kept of an event, and of an error. The event log has the whole.
 MAX_DATA_BYTES = 1024
@@ -24,7 +25,7 @@ class DeadLetter(NamedTuple):
     version: int
     # The latest version of the poll that has come: latest - version events wait.
     latest: int
-    # The message on the stream that brought the event.
+    # The message on the stream that brought the event; 0: it came from the event log.
     stream_sequence: int
     # The name of the change in tally.event.v1.Event, `field 99` for one that is unknown here, or `unreadable`.
     event_type: str
@@ -52,8 +53,10 @@ def parse(value: bytes | str) -> DeadLetter:
         fields = json.loads(value)
         fields |= {"first_seen": datetime.fromisoformat(fields["first_seen"]), "data": b64decode(fields["data"])}
         letter = DeadLetter(**fields)
-    except (KeyError, TypeError, RecursionError) as error:
+        UUID(letter.poll_id)
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not a dead letter: {value[:200]!r}") from error
-    if not all(isinstance(version, int) for version in (letter.version, letter.latest, letter.stream_sequence)):
+    numbers = (letter.version, letter.latest, letter.stream_sequence)
+    if not all(isinstance(number, int) for number in numbers) or not 1 <= letter.version <= letter.latest:
         raise ValueError(f"not a dead letter: {value[:200]!r}")
     return letter

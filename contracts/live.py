@@ -36,6 +36,8 @@ STATUS_KEY = "tally:live:status"
 # The deployment that this Redis belongs to, a UUID: a projector of another one writes nothing here.
 DEPLOYMENT_KEY = "tally:live:deployment"
 
+# More digits are no number that a stream counts with.
+_MAX_DIGITS = 18
 _GENERATION = re.compile(rb"[0-9a-f]{1,32}")
 
 
@@ -63,10 +65,14 @@ def parse_position(value: bytes) -> tuple[int, int, UUID]:
     """What `dump_position` wrote: sequence, stored_at, log_epoch. Raises ValueError for anything else."""
     match value.decode("ascii").split(" "):
         case [sequence, stored_at]:
-            return int(sequence), int(stored_at), log_epoch.ZERO
+            epoch = ""
         case [sequence, stored_at, epoch]:
-            return int(sequence), int(stored_at), log_epoch.parse(epoch)
-    raise ValueError(f"not a position: {value[:40]!r}")
+            pass
+        case _:
+            raise ValueError(f"not a position: {value[:40]!r}")
+    if not (sequence.isdigit() and stored_at.isdigit() and max(len(sequence), len(stored_at)) <= _MAX_DIGITS):
+        raise ValueError(f"not a position: {value[:40]!r}")
+    return int(sequence), int(stored_at), log_epoch.parse(epoch)
 
 
 def epoch_of(position: bytes) -> UUID:

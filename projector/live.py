@@ -165,8 +165,16 @@ class Live:
             unexpected = await self._store(keys=keys, args=arguments)
         if unexpected:
             key = unexpected.decode()
+            if key == frozen_key(copy):
+                await self._thaw(key)
             displaced = Replaced if key in (self._named_by, frozen_key(copy)) else Displaced
             raise displaced(f"{key} is not as this process left it")
+
+    async def _thaw(self, key: str) -> None:
+        """Removes what freezes the copy for ever: who replaces a copy freezes it for seconds."""
+        async with asyncio.timeout(SECONDS):
+            if await self._redis.pttl(key) == -1:
+                await _remove(self._redis, key, ValueError("it does not expire"))
 
     async def filling(self) -> bool:
         async with asyncio.timeout(SECONDS):

@@ -141,7 +141,8 @@ class Projection:
                 if position.log_epoch > newest.log_epoch:
                     raise Unsuitable(
                         f"the read model is of the log epoch {position.log_epoch}, and the event log, as far as known,"
-                        f" of an earlier one, {newest.log_epoch}"
+                        f" of an earlier one, {newest.log_epoch}. If it was restored, begin a later one there:"
+                        f" SELECT begin_log_epoch('restored', '{position.log_epoch}')"
                     )
             self._require_named(newest, position)
             session = _Following(model, bus, self._progress, end if logged else BEGINNING, self._write_dsn)

@@ -95,15 +95,17 @@ async def read(connection: Client, position: Position, otherwise: Position = BEG
     Raises NotFoundError where there is no stream yet, Broken where it has neither place.
     """
     jetstream = connection.jetstream(timeout=_SECONDS)
-    start = position
-    consumer, backlog = await _consume(jetstream, start)
-    # Only now: if the stream is replaced after this look, the consumer goes with it, and that is noticed.
-    resumed = position.sequence > 0 and await _holds(jetstream, position)
+    start, resumed = position, False
+    if start.sequence > 0:
+        consumer, backlog = await _consume(jetstream, start)
+        # Only now: if the stream is replaced after this look, the consumer goes with it, and that is noticed.
+        resumed = await _holds(jetstream, start)
+        if not resumed:
+            await jetstream.delete_consumer(STREAM, consumer)
     if not resumed:
-        await jetstream.delete_consumer(STREAM, consumer)
         start = otherwise
         consumer, backlog = await _consume(jetstream, start)
-        if start.sequence and not await _holds(jetstream, start):
+        if start.sequence > 0 and not await _holds(jetstream, start):
             raise Broken("the stream has lost its last message meanwhile")
     reader = Reader(connection, consumer, start.sequence, resumed, backlog)
     await connection.subscribe(reader.inbox, cb=reader.on_message)

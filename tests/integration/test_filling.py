@@ -6,6 +6,7 @@ No relay runs here unless a test says so: what arrives comes from the log.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC
@@ -38,6 +39,7 @@ from contracts.live import (
     STATUS_KEY,
     dead_letters_key,
     filling_key,
+    frozen_key,
     live_key,
     position_key,
     set_aside_key,
@@ -390,6 +392,43 @@ async def test_no_damaged_key_stops_the_live_counters(stage: Stage, key: str, va
     await stage.log.cast(poll, votes=3)
     async with stage.running("live"):
         await stage.counted("live", poll)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (position_key(FIRST_GENERATION), "-5 7"),
+        (position_key(FIRST_GENERATION), "9" * 400 + " 7"),
+        (position_key(FIRST_GENERATION), "5 7 not-an-epoch"),
+        (frozen_key(FIRST_GENERATION), "for ever"),
+        (GENERATION_KEY, "another:copy"),
+    ],
+)
+async def test_no_damaged_value_stops_the_live_counters(stage: Stage, key: str, value: str) -> None:
+    poll = await stage.log.poll()
+    async with stage.running("live"):
+        await stage.counted("live", poll)
+        await stage.redis.set(key, value)
+        await stage.log.cast(poll, votes=3)
+        await stage.publish(poll, poll.version)
+        await stage.counted("live", poll)
+
+
+@pytest.mark.parametrize("letter", [b"7", b"{}", b'{"poll_id": 5, "version": 3, "latest": 3, "stream_sequence": 1}'])
+async def test_a_dead_letter_that_cannot_be_read_is_dropped(stage: Stage, letter: bytes) -> None:
+    poll = await stage.log.poll()
+    async with stage.running("live"):
+        await stage.counted("live", poll)
+    whole = json.dumps(json.loads(letter) | LETTER) if letter != b"7" else letter
+    await stage.redis.hset(dead_letters_key(FIRST_GENERATION), str(poll.poll_id), whole)
+    await stage.log.cast(poll, votes=3)
+    await stage.publish(poll, poll.version)
+    async with stage.running("live"):
+        await stage.counted("live", poll)
+    assert not await stage.redis.exists(dead_letters_key(FIRST_GENERATION))
+
+
+LETTER = {"event_type": "votes_cast", "error": "", "first_seen": "2026-01-01T00:00:00+00:00", "data": ""}
 
 
 @pytest.mark.usefixtures("without_pauses")
