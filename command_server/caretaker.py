@@ -129,9 +129,9 @@ class Caretaker:
                 await self._recount_poll(due)
 
     async def _recount_poll(self, due: asyncpg.Record) -> None:
-        poll_id, poll_no, options = due["poll_id"], due["poll_no"], len(PollSpec.FromString(due["spec"]).options)
-        recount = await recount_votes(self._pool, poll_no, options)
-        folded = await fold_log(self._pool, poll_no, options)
+        poll_id, poll_no, spec = due["poll_id"], due["poll_no"], PollSpec.FromString(due["spec"])
+        recount = await recount_votes(self._pool, poll_no, spec)
+        folded = await fold_log(self._pool, poll_no, len(spec.options))
         failpoint("caretaker.before_certified")
         async with (
             asyncio.timeout(_STEP_SECONDS),

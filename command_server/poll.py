@@ -101,7 +101,7 @@ def register_voters(voters: int, weight: int) -> Decision:
     """The electoral roll grew by so many voters, with so much weight together."""
 
     def decide(poll: Poll) -> Change:
-        if poll.spec.eligibility != ELIGIBILITY_ROLL:
+        if not has_roll(poll.spec):
             raise invalid_request({"poll_id": "the poll has no electoral roll: its eligibility is OPEN"})
         if poll.state not in (DRAFT, OPEN):
             raise not_open(poll.state, "voters are registered while a poll is DRAFT or OPEN")
@@ -142,6 +142,12 @@ def is_past_opening(poll: Poll) -> bool:
 def is_past_closing(poll: Poll) -> bool:
     """Whether the poll's time has passed by the write database's clock."""
     return poll.spec.HasField("closes_at") and poll.now >= poll.spec.closes_at.ToDatetime(UTC)
+
+
+def has_roll(spec: PollSpec) -> bool:
+    """Whether a vote weighs what the electoral roll says of its voter, and only those on it vote. In any other poll each
+    vote weighs 1, whatever was put on a roll while the poll was another draft."""
+    return spec.eligibility == ELIGIBILITY_ROLL
 
 
 def most_choices(spec: PollSpec) -> int:

@@ -6,10 +6,10 @@ from typing import NamedTuple
 from uuid import UUID
 
 import asyncpg
-from tally.poll.v1.poll_pb2 import ELIGIBILITY_ROLL, PollSpec
+from tally.poll.v1.poll_pb2 import PollSpec
 
 from command_server import ballots
-from command_server.poll import OPEN, choose
+from command_server.poll import OPEN, choose, has_roll
 from contracts.refusals import poll_not_found
 from runtime.postgres import POOL_SECONDS, patiently, queries
 
@@ -35,7 +35,7 @@ class Poll(NamedTuple):
     @property
     def has_roll(self) -> bool:
         """Whether only registered voters may vote, each with its weight."""
-        return self.spec.eligibility == ELIGIBILITY_ROLL
+        return has_roll(self.spec)
 
     def mark(self, option_ids: Sequence[str]) -> bytes:
         """What a ballot for these options ends with; a Refusal where the poll does not allow them."""

@@ -129,12 +129,12 @@ ORDER BY requested_at LIMIT 1
 -- end_recount: a recount has its outcome, if no other one had it before
 DELETE FROM recounts WHERE poll_no = $1 AND requested_at = $2 RETURNING true
 
--- recount_votes: a page of the votes between two keys, added up: one row for each different set of choices, and the page's
--- last key
+-- recount_votes: a page of the votes between two keys, added up: one row for each different set of choices, with what the
+-- roll says that these votes weigh, and the page's last key
 WITH page AS (
     SELECT ballot_key, choices FROM votes WHERE ballot_key > $1 AND ballot_key <= $2 ORDER BY ballot_key LIMIT $3
 )
-SELECT choices, count(*) AS votes, sum(coalesce(weight, 1)) AS weight,
+SELECT choices, count(*) AS votes, sum(coalesce(weight, 1)) AS roll_weight,
     (SELECT ballot_key FROM page ORDER BY ballot_key DESC LIMIT 1) AS last_key
 FROM page LEFT JOIN roll USING (ballot_key)
 GROUP BY choices

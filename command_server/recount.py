@@ -8,8 +8,10 @@ import asyncpg
 import structlog
 from google.protobuf.message import DecodeError
 from tally.event.v1.event_pb2 import Event, Recount
+from tally.poll.v1.poll_pb2 import PollSpec
 
 from command_server.ballots import key_range, option_numbers
+from command_server.poll import has_roll
 from contracts.counting import added_votes, count_changes
 from runtime.postgres import queries
 
@@ -24,12 +26,13 @@ _EVENTS_OF_A_PAGE = 2_000
 _BYTES_OF_A_PAGE = 1 << 20
 
 
-async def recount_votes(pool: "asyncpg.Pool[Any]", poll_no: int, options: int) -> Recount:
-    """Counts the votes of a closed poll from the votes themselves, each with its voter's weight.
+async def recount_votes(pool: "asyncpg.Pool[Any]", poll_no: int, spec: PollSpec) -> Recount:
+    """Counts the votes of a closed poll from the votes themselves, each with the weight that it has by the poll's rules.
 
     A vote that cannot be read is counted as one without a mark. No event tells of such a vote, so the log cannot agree.
     """
     counts, total, limit = Counter[int](), 0, 1
+    weighted = has_roll(spec)
     first, last = key_range(poll_no)
     while page := await pool.fetch(sql.recount_votes, first, last, limit):
         marks = 0
@@ -40,13 +43,13 @@ async def recount_votes(pool: "asyncpg.Pool[Any]", poll_no: int, options: int) -
             except struct.error:
                 log.error("votes cannot be read", poll_no=poll_no, choices=row["choices"].hex(), votes=row["votes"])
                 continue
-            weight = int(row["weight"])
+            weight = int(row["roll_weight"]) if weighted else row["votes"]
             for number in numbers:
                 counts[number] += weight
             marks += len(numbers)
         first = page[0]["last_key"]
         limit = _next_limit(limit, marks / _MARKS_OF_A_PAGE, _VOTES_OF_A_PAGE)
-    return Recount(counts=[counts[number] for number in range(options)], total_votes=total)
+    return Recount(counts=[counts[number] for number in range(len(spec.options))], total_votes=total)
 
 
 async def fold_log(pool: "asyncpg.Pool[Any]", poll_no: int, options: int) -> Recount:

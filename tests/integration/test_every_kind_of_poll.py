@@ -24,6 +24,7 @@ from tally.command.v1.command_service_pb2_grpc import CommandServiceStub
 from tally.event.v1.event_pb2 import CertificationFailed, Event, Recount
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 from tally.poll.v1.poll_pb2 import (
+    ELIGIBILITY_OPEN,
     ELIGIBILITY_ROLL,
     VOTING_METHOD_APPROVAL,
     VOTING_METHOD_SINGLE_CHOICE,
@@ -640,6 +641,24 @@ class TestCertification:
         assert (recount.total_votes, log.counts) == (500, Counter(a=700, b=500, c=50, d=50))
         assert (await refused(server.CertifyPoll(pb.CertifyPollRequest(poll_id=poll_id)))).reason == "POLL_NOT_CLOSED"
 
+    @pytest.mark.parametrize("eligibilities", [(ELIGIBILITY_OPEN,), (ELIGIBILITY_OPEN, ELIGIBILITY_ROLL)])
+    @pytest.mark.parametrize("method", [VOTING_METHOD_SINGLE_CHOICE, VOTING_METHOD_APPROVAL])
+    async def test_a_roll_weighs_only_where_the_poll_is_opened_with_one(
+        self, server: CommandServiceAsyncStub, write_dsn: str, eligibilities: tuple[Any, ...], method: Any
+    ) -> None:
+        poll_id = await draft(server, eligibility=ELIGIBILITY_ROLL, method=method)
+        await register(server, poll_id, {"ada": 5, "bob": 7})
+        for eligibility in eligibilities:
+            change = pb.UpdatePollRequest(poll_id=poll_id, poll=PollSpec(eligibility=eligibility))
+            await server.UpdatePoll(change)
+        await server.OpenPoll(pb.OpenPollRequest(poll_id=poll_id))
+        await cast(server, poll_id, ("ada", "a"), ("bob", "b"), ("eve", "a"))
+        await close(server, poll_id)
+        await server.CertifyPoll(pb.CertifyPollRequest(poll_id=poll_id))
+        log = await until(write_dsn, poll_id, "poll_certified")
+        weighted = eligibilities[-1] == ELIGIBILITY_ROLL
+        assert log.counts == (Counter(a=5, b=7) if weighted else Counter(a=2, b=1))
+
     async def failure(self, write_dsn: str) -> CertificationFailed:
         """What the log says of the recount, once that is that it does not agree."""
         failed = Event()
@@ -702,15 +721,17 @@ class TestCertification:
     ) -> None:
         monkeypatch.setattr("command_server.recount._MARKS_OF_A_PAGE", 60)
         monkeypatch.setattr("command_server.recount._EVENTS_OF_A_PAGE", 3)
-        poll_id = await open_poll(
-            server, method=VOTING_METHOD_APPROVAL, options=[PollOption(option_id=o, label=o) for o in hexdigits[:16]]
+        sixteen = spec(
+            method=VOTING_METHOD_APPROVAL, options=[PollOption(option_id=o, label=o) for o in hexdigits[:16]]
         )
+        poll_id = (await server.CreatePoll(pb.CreatePollRequest(poll=sixteen))).poll_id
+        await server.OpenPoll(pb.OpenPollRequest(poll_id=poll_id))
         await cast(server, poll_id, *((f"voter-{n}", "".join({*f"{n:x}"})) for n in range(0, 60_000, 97)))
         for n in range(9):
             await server.CastVote(vote(poll_id, f"one-{n}", "0"))
         pool = Pages(await connect_pool(write_dsn, size=1, application="test"))
         try:
-            counted = await recount.recount_votes(pool, 1, 16)
+            counted = await recount.recount_votes(pool, 1, sixteen)
             assert max(sum(len(row["choices"]) for row in page) / 2 for page in pool.pages) < 100
             pool.pages.clear()
             assert await recount.fold_log(pool, 1, 16) == counted
