@@ -16,6 +16,7 @@ from command_server.polls import Polls
 from command_server.roll import Roll
 from command_server.service import CommandService
 from command_server.vote_log import VoteLog
+from command_server.voter_secret import OtherSecret, SecretGuard
 from contracts.failures import status_of
 from contracts.voters import VoterKeys
 from runtime import lifecycle, postgres, serving, telemetry, workers
@@ -41,6 +42,15 @@ class CommandSettings(ServerSettings):
 
 async def main(stop: asyncio.Event) -> None:
     settings = workers.settings_from(sys.argv[1:], "command_server", CommandSettings)
+    try:
+        await run(settings, stop)
+    except* OtherSecret as refused:
+        sys.exit(str(refused.exceptions[0]))
+
+
+async def run(settings: CommandSettings, stop: asyncio.Event) -> None:
+    """Serves by itself, or by workers. Raises OtherSecret, also in a group."""
+    await SecretGuard(VoterKeys(settings.voter_secret)).check_at_start(settings.write_dsn)
     if settings.workers > 1:
         telemetry.start("command_server workers", settings, metrics=False)
         await workers.run("command_server", settings, "command_listen", stop)
@@ -51,18 +61,24 @@ async def main(stop: asyncio.Event) -> None:
 
 async def serve(settings: CommandSettings, stop: asyncio.Event, ready: Callable[[int], None]) -> None:
     """Serves until `stop`, then records what was accepted. `ready` gets the port."""
-    pool = await postgres.connect_pool(settings.write_dsn, size=COMMITTERS + 5, application="command_server")
+    voters = VoterKeys(settings.voter_secret)
+    guard = SecretGuard(voters)
+    pool = await postgres.connect_pool(
+        settings.write_dsn, size=COMMITTERS + 5, application="command_server", check=guard.check
+    )
     polls = Polls(pool)
     box = BallotBox(VoteLog(pool, polls))
-    service = CommandService(PollLog(pool), Roll(pool), polls, box, VoterKeys(settings.voter_secret))
+    service = CommandService(PollLog(pool), Roll(pool), polls, box, voters)
 
     server = serving.new_server(share_port=settings.worker)
     serving.add_service(server, add_CommandServiceServicer_to_server, service, status_of)
     async with asyncio.TaskGroup() as tasks:
         committing = tasks.create_task(box.run())
         caring = tasks.create_task(Caretaker(settings.write_dsn, pool).run())
+        guarding = tasks.create_task(guard.run())
         await serving.serve(server, settings.command_listen, [SERVICE], stop, ready)
         caring.cancel()
+        guarding.cancel()
         try:
             async with asyncio.timeout(_DRAIN_SECONDS):
                 await box.drain()

@@ -4,9 +4,9 @@ A long request is read entry by entry, with pauses in which the other calls of t
 """
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from math import inf
 from typing import Any
 from uuid import UUID
@@ -31,11 +31,16 @@ from runtime import wire
 from runtime.serving import check, read_message
 from runtime.wire import InvalidMessage, Pauses
 
-# The streams that may be open at once, the bytes of their requests that may be under way at once, of which each stream
-# has an equal share, and the requests of one stream. But each stream may always have one.
-MAX_STREAMS = 256
+# The calls of CastVotes and of RegisterVoters that may be open at once. A request has up to 2 and 4 MB in memory while
+# it waits for the database.
+MAX_VOTE_STREAMS = 128
+MAX_ROLL_STREAMS = 64
+# The bytes of CastVotes requests that may be under way at once, of which each stream has an equal share, and the
+# requests of one stream. But each stream may always have one.
 BYTES_IN_FLIGHT = 64 << 20
 REQUESTS_IN_FLIGHT = 24
+# Bytes of all requests that wait to be read entry by entry.
+BYTES_WAITING = 32 << 20
 # What a vote under way takes in memory, beside its place in the request.
 _VOTE_BYTES = 150
 # The rejections of a batch that are explained: so an answer has 300 kB at most.
@@ -46,7 +51,7 @@ _LARGE_VOTE_BYTES = 1 << 12
 _MAX_BROKEN = 20
 _MAX_WEIGHT = 1_000_000
 
-_streams = Gauge("tally_streams_open", "Calls of CastVotes and RegisterVoters that are open.")
+_streams = Gauge("tally_streams_open", "Calls of CastVotes and RegisterVoters that are open.", ["rpc"])
 _bytes = Gauge("tally_stream_bytes_in_flight", "Bytes of CastVotes requests that were read and are not answered.")
 
 
@@ -59,9 +64,11 @@ class Intake:
         self._roll = roll
         self._voters = voters
         self._reader = Reader(voters)
-        self._streams = 0
-        # What is read entry by entry takes its turn: the pieces of one request are in memory, not those of all.
+        self._streams = Counter[str]()
+        # What is read entry by entry takes its turn: the pieces of one request are in memory, not those of all. And the
+        # bytes of those that wait for it.
         self._reading = asyncio.Lock()
+        self._waiting = 0
 
     async def cast_votes(
         self, requests: AsyncIterator[bytes], write: Callable[[bytes], Awaitable[None]], deadline: float
@@ -82,16 +89,20 @@ class Intake:
             try:
                 while True:
                     while in_flight and (
-                        in_flight >= BYTES_IN_FLIGHT // self._streams or len(unanswered) >= REQUESTS_IN_FLIGHT
+                        in_flight >= BYTES_IN_FLIGHT // self._streams["CastVotes"]
+                        or len(unanswered) >= REQUESTS_IN_FLIGHT
                     ):
                         answered.clear()
                         await answered.wait()
                     request = await anext(requests, None)
                     if request is None:
                         break
-                    batch = await self._submit(request, deadline)
-                    # Not to be kept while this waits for the next one.
+                    batch, poll, ballots = await self._read_batch(request)
+                    # Not to be kept while this waits for room, and then for the next one.
                     del request
+                    if poll and ballots:
+                        batch.verdicts = await self._box.cast_all(poll, ballots, deadline)
+                    del ballots
                     unanswered.append(batch)
                     count(batch.bytes)
                     under_way.put_nowait(batch)
@@ -99,7 +110,7 @@ class Intake:
                 under_way.put_nowait(error)
             under_way.put_nowait(None)
 
-        with self._open_stream():
+        with self._open_stream("CastVotes", MAX_VOTE_STREAMS):
             try:
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(read())
@@ -118,7 +129,7 @@ class Intake:
     async def register_voters(self, requests: AsyncIterator[bytes]) -> pb.RegisterVotersResponse:
         """Puts the voters of a stream's requests on the roll. Raises OVERLOADED where too many streams are open."""
         response, poll_id = pb.RegisterVotersResponse(), ""
-        with self._open_stream():
+        with self._open_stream("RegisterVoters", MAX_ROLL_STREAMS):
             while (data := await anext(requests, None)) is not None:
                 request, weights, voters, others = await self._read_voters(data)
                 del data
@@ -133,19 +144,32 @@ class Intake:
         return response
 
     @contextmanager
-    def _open_stream(self) -> Iterator[None]:
-        if self._streams >= MAX_STREAMS:
-            raise Refusal(ErrorReason.ERROR_REASON_OVERLOADED, "too many streams are open at this server; try again")
-        self._streams += 1
-        _streams.set(self._streams)
+    def _open_stream(self, rpc: str, most: int) -> Iterator[None]:
+        if self._streams[rpc] >= most:
+            message = f"{most} calls of {rpc} are open at this server; try again"
+            raise Refusal(ErrorReason.ERROR_REASON_OVERLOADED, message)
+        self._streams[rpc] += 1
+        _streams.labels(rpc).inc()
         try:
             yield
         finally:
-            self._streams -= 1
-            _streams.set(self._streams)
+            self._streams[rpc] -= 1
+            _streams.labels(rpc).dec()
 
-    async def _submit(self, data: bytes, deadline: float) -> "_Batch":
-        """Puts the valid votes of a batch into the ballot box; the others are rejected one by one."""
+    @asynccontextmanager
+    async def _turn(self, data: bytes) -> AsyncIterator[None]:
+        """The turn of a request to be read entry by entry. Raises OVERLOADED where too much waits for that."""
+        if self._waiting and self._waiting + len(data) > BYTES_WAITING:
+            raise Refusal(ErrorReason.ERROR_REASON_OVERLOADED, "too many large requests wait to be read; try again")
+        self._waiting += len(data)
+        try:
+            async with self._reading:
+                yield
+        finally:
+            self._waiting -= len(data)
+
+    async def _read_batch(self, data: bytes) -> "tuple[_Batch, Poll | None, list[bytes]]":
+        """A request with the ballots of its valid votes; the others are rejected one by one."""
         envelope, entries = self._reader.envelope(data), None
         if envelope is None:
             # Not what nearly all requests are.
@@ -165,7 +189,7 @@ class Intake:
         except Refusal as refusal:
             for index in range(envelope.votes):
                 batch.reject(index, refusal)
-            return batch
+            return batch, None, []
         batch.poll = poll
         marked: list[bytes | None] = [None] * envelope.votes
         if entries is None:
@@ -173,7 +197,7 @@ class Intake:
         if None in marked:
             if entries is None:
                 _, entries = await self._split(data)
-            async with self._reading:
+            async with self._turn(data):
                 pauses = Pauses()
                 for index, entry in enumerate(entries):
                     if marked[index] is None:
@@ -182,13 +206,10 @@ class Intake:
                         except Refusal as refusal:
                             batch.reject(index, refusal)
                         await pauses.pause()
-        ballots = [ballot for ballot in marked if ballot is not None]
-        if ballots:
-            batch.verdicts = await self._box.cast_all(poll, ballots, deadline)
-        return batch
+        return batch, poll, [ballot for ballot in marked if ballot is not None]
 
     async def _split(self, data: bytes) -> tuple[bytes, list[bytes]]:
-        async with self._reading:
+        async with self._turn(data):
             return await wire.split(data, pb.CastVotesRequest.DESCRIPTOR, "votes", Pauses())
 
     def _ballot(self, entry: bytes, poll: Poll, idempotency_key: str) -> bytes:
@@ -205,7 +226,7 @@ class Intake:
     async def _read_voters(self, data: bytes) -> tuple[pb.RegisterVotersRequest, dict[bytes, int], int, int]:
         """The request without its voters, voter key → weight, the number of voters as they came, and of those who came
         again with another weight."""
-        async with self._reading:
+        async with self._turn(data):
             pauses = Pauses()
             rest, entries = await wire.split(data, pb.RegisterVotersRequest.DESCRIPTOR, "voters", pauses)
             request = read_message(pb.RegisterVotersRequest, rest)

@@ -145,7 +145,7 @@ def is_past_closing(poll: Poll) -> bool:
 
 
 def has_roll(spec: PollSpec) -> bool:
-    """Whether a vote weighs what the electoral roll says of its voter, and only those on it vote. In any other poll each
+    """Whether a vote weighs what the electoral roll says of its voter, and only those on it vote. In any other poll a
     vote weighs 1, whatever was put on a roll while the poll was another draft."""
     return spec.eligibility == ELIGIBILITY_ROLL
 

@@ -1,3 +1,9 @@
+-- voter_secret: the fingerprint of the secret that voters are keyed with, if there is one yet
+SELECT fingerprint FROM voter_secret
+
+-- keep_voter_secret: the fingerprint of the first command server's secret; of two at once the key refuses the second one
+INSERT INTO voter_secret (fingerprint) VALUES ($1) ON CONFLICT DO NOTHING
+
 -- lock_request: makes calls with one request_id wait for each other, until the transaction ends
 SELECT pg_advisory_xact_lock($1)
 

@@ -27,7 +27,7 @@ _BYTES_OF_A_PAGE = 1 << 20
 
 
 async def recount_votes(pool: "asyncpg.Pool[Any]", poll_no: int, spec: PollSpec) -> Recount:
-    """Counts the votes of a closed poll from the votes themselves, each with the weight that it has by the poll's rules.
+    """Counts the votes of a closed poll from the votes themselves, each with its weight by the poll's rules.
 
     A vote that cannot be read is counted as one without a mark. No event tells of such a vote, so the log cannot agree.
     """

@@ -26,6 +26,11 @@ class VoterKeys:
         self._idempotency = blake2b(digest_size=KEY_BYTES, key=self.secret, person=IDEMPOTENCY_PERSON)
         self._receipts = blake2b(digest_size=KEY_BYTES, key=self.secret, person=b"tally receipt")
 
+    @property
+    def fingerprint(self) -> bytes:
+        """16 bytes that tell this secret from another one, and nothing else of it."""
+        return blake2b(digest_size=KEY_BYTES, key=self.secret, person=b"tally secret").digest()
+
     def voter_key(self, voter_id: str, field: str = "voter_id") -> bytes:
         """The 16 bytes that stand for this voter in every poll. Raises INVALID_REQUEST for the field where it holds no
         voter id (contracts/text.py): only what every caller would write the same becomes a key."""

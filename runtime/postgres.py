@@ -57,12 +57,19 @@ def queries(package: str, name: str = "queries.sql") -> SimpleNamespace:
 
 
 async def connect_pool(
-    dsn: str, *, size: int, application: str, read_only: bool = False, schema: str = "public"
+    dsn: str,
+    *,
+    size: int,
+    application: str,
+    read_only: bool = False,
+    schema: str = "public",
+    check: Callable[[asyncpg.Connection], Awaitable[None]] | None = None,
 ) -> asyncpg.Pool:
     """A pool of up to `size` connections that is made even while the server is away; statements take 30 s at most.
 
     Of several servers in the DSN it uses the primary, or if `read_only` the standbys where there are some. A connection
-    whose server turns out not to be the primary is closed when it comes back.
+    whose server turns out not to be the primary is closed when it comes back. A new one that `check` raises for is not
+    used.
     """
     settings = {
         "application_name": application,
@@ -80,6 +87,7 @@ async def connect_pool(
         timeout=5,
         command_timeout=30,
         server_settings=settings,
+        init=check,
         connect=connect_reader if read_only else connect_primary,
         connection_class=asyncpg.Connection if read_only else PrimaryConnection,
         # Nothing here changes a session, so there is nothing to reset when a connection goes back: one round trip less.

@@ -45,6 +45,10 @@ _OPTIONS = [
     # More calls than these at one moment are answered CANCELLED before anybody has seen them: room for a crowd.
     ("grpc.server.max_pending_requests", 20_000),
     ("grpc.server.max_pending_requests_hard_limit", 40_000),
+    # A stream's caller may send this much ahead of what the server reads. gRPC would let it grow with the throughput
+    # to what a fast network holds: 40 MB for each stream (docs/adr/0014).
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1 << 16),
     # Clients may ping every 10 s, also without a call under way; one that pings more often is sent away.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
