@@ -74,7 +74,7 @@ async def main(stop: asyncio.Event) -> None:
             "Watch": grpc.unary_stream_rpc_method_handler(watch),
         }
         server = serving.new_server()
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        server.grpc.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         await serving.serve(
             server, settings.command_listen, [], stop, lambda _: lifecycle.announce("serving", settings)
         )

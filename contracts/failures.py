@@ -7,6 +7,7 @@ from tally.poll.v1.error_reason_pb2 import ErrorReason
 
 from contracts.refusals import Refusal, invalid_request
 from runtime import postgres
+from runtime.draining import Stopping
 from runtime.wire import InvalidMessage
 
 log = structlog.get_logger()
@@ -21,6 +22,8 @@ def refusal_of(error: Exception) -> Refusal:
         return error
     if isinstance(error, InvalidMessage):
         return invalid_request(error.fields)
+    if isinstance(error, Stopping):
+        return Refusal(ErrorReason.ERROR_REASON_STORE_UNAVAILABLE, str(error))
     if isinstance(error, STORE_FAILURES):
         log.warning("a store did not answer", error=repr(error))
         return Refusal(ErrorReason.ERROR_REASON_STORE_UNAVAILABLE, "a database did not answer in time; try again")

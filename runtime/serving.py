@@ -22,6 +22,7 @@ from prometheus_client import REGISTRY
 
 from runtime import wire
 from runtime.call_metrics import CallMetrics
+from runtime.draining import Drain
 from runtime.wire import InvalidMessage
 
 log = structlog.get_logger()
@@ -37,7 +38,7 @@ _MAX_MESSAGE_BYTES = 16 << 20
 # In a request up to this size there is no room for many entries of a list; one up to the second is checked at once.
 _SMALL_BYTES = 1 << 10
 _QUICKLY_CHECKED_BYTES = 1 << 13
-_DRAIN_SECONDS = 5.0
+_STOP_SECONDS = 1.0
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
@@ -88,8 +89,15 @@ class _Unreadable(NamedTuple):
     fields: Mapping[str, str]
 
 
+class Server(NamedTuple):
+    """A gRPC server, and the calls that it has under way."""
+
+    grpc: grpc.aio.Server
+    drain: Drain
+
+
 def add_service(
-    server: grpc.aio.Server,
+    server: Server,
     add_servicer: Callable[[Any, Any], None],
     servicer: object,
     to_status: Callable[[Exception], Status],
@@ -105,34 +113,36 @@ def add_service(
 
 
 async def serve(
-    server: grpc.aio.Server, listen: str, services: Sequence[str], stop: asyncio.Event, ready: Callable[[int], None]
+    server: Server, listen: str, services: Sequence[str], stop: asyncio.Event, ready: Callable[[int], None]
 ) -> None:
-    """Listens on `listen` (host:port) until `stop` is set, then finishes the calls under way, for 5 s at most.
+    """Listens on `listen` (host:port) until `stop` is set, then finishes the calls under way, for 5 s at most; what is
+    not finished or not begun by then ends with UNAVAILABLE.
 
     `services` are the full names that health and reflection list; `ready` is called with the port once it serves.
     """
     health = health_aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    reflection.enable_server_reflection([*services, "grpc.health.v1.Health", reflection.SERVICE_NAME], server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server.grpc)
+    reflection.enable_server_reflection([*services, "grpc.health.v1.Health", reflection.SERVICE_NAME], server.grpc)
     for name in ("", *services):
         await health.set(name, HealthCheckResponse.NOT_SERVING)
     try:
-        port = server.add_insecure_port(listen)
+        port = server.grpc.add_insecure_port(listen)
     except RuntimeError:
         sys.exit(f"cannot listen on {listen}: somebody else does, or it is no address of this machine")
-    await server.start()
+    await server.grpc.start()
     for name in ("", *services):
         await health.set(name, HealthCheckResponse.SERVING)
     ready(port)
     try:
         await stop.wait()
     finally:
-        log.info("draining", seconds=_DRAIN_SECONDS)
+        log.info("draining")
         await health.enter_graceful_shutdown()
-        await server.stop(_DRAIN_SECONDS)
+        await server.drain.run(port)
+        await server.grpc.stop(_STOP_SECONDS)
 
 
-def new_server(*, share_port: bool = False, max_connection_age: float | None = None) -> grpc.aio.Server:
+def new_server(*, share_port: bool = False, max_connection_age: float | None = None) -> Server:
     """A server with our limits, without services yet. `share_port` lets several processes serve on one port; two that
     did so by accident would each get half of the calls.
 
@@ -144,14 +154,15 @@ def new_server(*, share_port: bool = False, max_connection_age: float | None = N
     if max_connection_age is not None:
         options.append(("grpc.max_connection_age_ms", int(max_connection_age * 1000)))
         options.append(("grpc.max_connection_age_grace_ms", int(max_connection_age * 100)))
-    return grpc.aio.server(options=options)
+    return Server(grpc.aio.server(options=options), Drain())
 
 
 class _Wrapping:
     """Takes the place of the server while generated code registers handlers, and wraps each of them."""
 
-    def __init__(self, server: grpc.aio.Server, to_status: Callable[[Exception], Status]) -> None:
-        self._server = server
+    def __init__(self, server: Server, to_status: Callable[[Exception], Status]) -> None:
+        self._server = server.grpc
+        self._drain = server.drain
         self._to_status = to_status
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
@@ -174,16 +185,22 @@ class _Wrapping:
         return grpc.stream_unary_rpc_method_handler(self._collect(method, handler.stream_unary), read, write)
 
     def _unary(self, method: str, handler: Any) -> Any:
-        times = _calls.times(method)
+        times, drain = _calls.times(method), self._drain
         check_first = not getattr(handler, "checks_itself", False)
 
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             started = time.perf_counter()
             try:
+                if drain.holding:
+                    await drain.hold()
                 _check_readable(request)
-                if check_first:
-                    await _check_apart(request)
-                response = await handler(request, context)
+                drain.calls += 1
+                try:
+                    if check_first:
+                        await _check_apart(request)
+                    response = await handler(request, context)
+                finally:
+                    drain.calls -= 1
             except asyncio.CancelledError:
                 _calls.ended(method, "CANCELLED")
                 raise
@@ -200,7 +217,8 @@ class _Wrapping:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
             try:
                 check(request)
-                await handler(request, context)
+                with self._drain.stream():
+                    await handler(request, context)
             except asyncio.CancelledError:
                 _calls.ended(method, "CANCELLED")
                 raise
@@ -215,7 +233,8 @@ class _Wrapping:
 
         async def call(_: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> None:
             try:
-                await handler(_Requests(context), context)
+                with self._drain.stream():
+                    await handler(_Requests(context, self._drain), context)
             except asyncio.CancelledError:
                 _calls.ended(method, "CANCELLED")
                 raise
@@ -228,7 +247,8 @@ class _Wrapping:
     def _collect(self, method: str, handler: Any) -> Any:
         async def call(_: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
-                response = await handler(_Requests(context), context)
+                with self._drain.stream():
+                    response = await handler(_Requests(context, self._drain), context)
             except asyncio.CancelledError:
                 _calls.ended(method, "CANCELLED")
                 raise
@@ -311,14 +331,15 @@ class _Requests:
     """The requests of a stream, checked. It keeps none: gRPC's own iterator, which keeps the latest until the next one
     comes, would hold 4 MiB for each stream whose caller waits, or is made to wait."""
 
-    def __init__(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    def __init__(self, context: grpc.aio.ServicerContext[Any, Any], drain: Drain) -> None:
         self._read = context.read
+        self._drain = drain
 
     def __aiter__(self) -> "_Requests":
         return self
 
     async def __anext__(self) -> Any:
-        request = await self._read()
+        request = await self._drain.read(self._read)
         if request is grpc.aio.EOF:
             raise StopAsyncIteration
         _check_readable(request)
