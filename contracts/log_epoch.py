@@ -34,10 +34,5 @@ class LogPosition(NamedTuple):
     version: int
 
 
-def reaches(seen: LogPosition, least: LogPosition) -> bool:
-    """Whether a read model that has a poll at `seen` shows it at `least`; one that knows no epoch goes by versions."""
-    return seen >= least or (seen.log_epoch == ZERO and seen.version >= least.version > 0)
-
-
 # Before the first event of any poll.
 NOWHERE = LogPosition(ZERO, 0)

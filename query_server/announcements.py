@@ -17,7 +17,7 @@ from prometheus_client import Counter, Gauge
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 
 from contracts.failures import STORE_FAILURES
-from contracts.log_epoch import LogPosition, reaches
+from contracts.log_epoch import LogPosition
 from contracts.read_database import CHANNEL, parse_announcement
 from contracts.refusals import ReadModelBehind, Refusal
 from query_server.views import Views
@@ -176,5 +176,5 @@ class Announcements:
 
     def _reached(self, read_model: str, poll_id: UUID, position: LogPosition) -> None:
         for wait in tuple(self._waits.get((read_model, poll_id), ())):
-            if reaches(position, wait.least):
+            if position >= wait.least:
                 wait.reached()

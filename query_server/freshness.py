@@ -8,7 +8,7 @@ from uuid import UUID
 import grpc
 
 from contracts.freshness import parse
-from contracts.log_epoch import LogPosition, reaches
+from contracts.log_epoch import LogPosition
 from contracts.refusals import ReadModelBehind, invalid_request
 from query_server.announcements import Announcements
 from query_server.views import ReadModelFilling
@@ -88,7 +88,7 @@ async def caught_up(
         except ReadModelBehind as behind_all:
             refusal = behind_all
             return None
-        if reaches(seen, least):
+        if seen >= least:
             return seen, answer
         refusal = behind(seen, least)
         return None

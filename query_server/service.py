@@ -14,7 +14,7 @@ from tally.query.v1.query_service_pb2_grpc import QueryServiceServicer
 
 from contracts.freshness import ANY_STATE, parse, token
 from contracts.live import are_hidden
-from contracts.log_epoch import NOWHERE, LogPosition, reaches
+from contracts.log_epoch import NOWHERE, LogPosition
 from contracts.read_database import DOCUMENTS, VIEWS
 from contracts.refusals import ReadModelBehind, Refusal, invalid_request, poll_not_found, results_hidden
 from contracts.voters import VoterKeys
@@ -94,9 +94,9 @@ class QueryService(QueryServiceServicer):
         answered = self._answered.position(poll_id)
         least = max(fresh.get(poll_id, NOWHERE), answered)
         found = self._watchers.current(poll_id)
-        if found is None or not reaches(found.position, least):
+        if found is None or found.position < least:
             found = await self._find(poll_id, answered, patience(context))
-        if found and not reaches(found.position, least):
+        if found and found.position < least:
             found = None
         if found is None:
             # It comes as soon as a store has it.
@@ -152,7 +152,7 @@ class QueryService(QueryServiceServicer):
         async def read() -> dict[UUID, Found]:
             found = await self._live.find_all(least, MAX_ANSWER_BYTES)
             for poll_id, (position, _) in found.items():
-                if not reaches(position, least[poll_id]):
+                if position < least[poll_id]:
                     raise behind(position, least[poll_id])
             return found
 

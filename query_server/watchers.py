@@ -30,7 +30,7 @@ from tally.query.v1.query_service_pb2 import GetResultsResponse
 from contracts import log_epoch
 from contracts.failures import STORE_FAILURES
 from contracts.live import are_hidden, hidden_position, live_channel
-from contracts.log_epoch import NOWHERE, LogPosition, reaches
+from contracts.log_epoch import NOWHERE, LogPosition
 from contracts.read_database import VIEWS
 from contracts.refusals import ReadModelBehind, Refusal, poll_not_found, results_hidden
 from query_server.announcements import Announcements
@@ -256,7 +256,7 @@ class Watcher:
 
     def lacks(self, topic: Topic) -> bool:
         """Whether the topic's results are missing, or older than wanted."""
-        return not topic.results or not reaches(topic.position, self.wanted.get(topic.poll_id, NOWHERE))
+        return not topic.results or topic.position < self.wanted.get(topic.poll_id, NOWHERE)
 
     async def _something(self, seconds: float | None = None) -> None:
         """Returns when something has happened since the last time, or after `seconds`."""
