@@ -17,7 +17,6 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from contracts import log_epoch
-from contracts.counting import cast_votes
 from projector.event_log import EventLog, Incomplete, LoggedPoll
 from projector.live_copies import LiveCopies
 from projector.read_model import ReadModel
@@ -146,9 +145,9 @@ class Rebuild:
         tallies = await self._session.load([str(poll.poll_id) for poll in polls])
         known = {poll.poll_id: tally.version if (tally := tallies[str(poll.poll_id)]) else 0 for poll in polls}
         async for messages in self._log.events(polls, known):
-            for change in await self._session.apply(messages):
-                self.events += len(change.events)
-                self.votes += sum(cast_votes(event.votes_cast) for event in change.events)
+            events, votes = await self._session.apply(messages)
+            self.events += events
+            self.votes += votes
             failpoint("rebuild.applied")
             self._went_on()
 

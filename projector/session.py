@@ -8,7 +8,7 @@ not block the others.
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -33,6 +33,11 @@ log = structlog.get_logger()
 # Polls are kept in memory as long as their options together are not more than these.
 _CACHED_OPTIONS = 200_000
 
+# Polls are changed together as long as their options are not more than these: 20 of the largest ones, whose results are
+# 1.2 MB each. How large they are is not known before they are loaded, so the first are as few as that.
+_OPTIONS_AT_ONCE = 20_000
+_FIRST_POLLS = 20
+
 # What an event can raise that is at odds with the code that stores it: an enum's value that has no name here, say.
 _DEFECTS = (ArithmeticError, LookupError, TypeError, ValueError)
 
@@ -51,6 +56,13 @@ _earlier = Counter(
 )
 
 
+class Applied(NamedTuple):
+    """How many events were new, and the votes in them."""
+
+    events: int
+    votes: int
+
+
 class _Received(NamedTuple):
     """An event, and the message that brought it."""
 
@@ -65,6 +77,7 @@ class Session:
     def __init__(self, model: ReadModel) -> None:
         self._model = model
         self._tallies = _Tallies()
+        self._polls_at_once = _FIRST_POLLS
         self._gaps = Gaps()
         # The polls that stand still, as the read model has them; and of the batch at hand what it does not have yet.
         self._parked: dict[str, DeadLetter] = {}
@@ -93,26 +106,48 @@ class Session:
             self._parked = {letter.poll_id: letter for letter in await self._model.dead_letters()}
             _parked.labels(self._model.name).set(len(self._parked))
 
-    async def apply(self, messages: Sequence[Message], reached: Position | None = None) -> list[Change]:
-        """Applies events, each once and in order; returns what it changed. Those from the stream move the position to
-        `reached`, the place of the last one."""
+    async def apply(self, messages: Sequence[Message], reached: Position | None = None) -> Applied:
+        """Applies events, each once and in order, those of so many polls at a time that memory holds these; returns how
+        many were new. Those from the stream move the position to `reached`, the place of the last one."""
+        events = votes = 0
         async with self._one_at_a_time:
-            received = self._decode(messages)
-            tallies = await self._load(received)
-            changes: list[Change] = []
-            for poll_id, batch in received.items():
-                self._advance(poll_id, tallies[poll_id], batch, changes)
-            if reached:
-                self._reached = reached._replace(log_epoch=self.log_epoch)
-            failpoint("projector.before_store")
-            # A restart from there meets the oldest open gap again, and asks for it again.
-            position = self._held or self._gaps.before_all or self._reached
-            changes = await self._store(changes, tallies, received, position)
-            failpoint("projector.after_store")
-            for change in changes:
-                self._tallies.keep(change.poll_id, change.tally)
-            self._measure(changes)
-            return changes
+            for part in self._parts(messages):
+                changes = await self._apply(part, part[-1].position if reached else None)
+                events += sum(len(change.events) for change in changes)
+                votes += sum(cast_votes(event.votes_cast) for change in changes for event in change.events)
+        return Applied(events, votes)
+
+    def _parts(self, messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
+        """The messages in parts of a few polls, as many as the size of those of the part before allows."""
+        start, subjects = 0, set[str]()
+        for place, message in enumerate(messages):
+            subjects.add(message.subject)
+            if len(subjects) > self._polls_at_once:
+                yield messages[start:place]
+                start, subjects = place, {message.subject}
+        if start < len(messages):
+            yield messages[start:]
+
+    async def _apply(self, messages: Sequence[Message], reached: Position | None) -> list[Change]:
+        received = self._decode(messages)
+        tallies = await self._load(received)
+        changes: list[Change] = []
+        for poll_id, batch in received.items():
+            self._advance(poll_id, tallies[poll_id], batch, changes)
+        if reached:
+            self._reached = reached._replace(log_epoch=self.log_epoch)
+        failpoint("projector.before_store")
+        # A restart from there meets the oldest open gap again, and asks for it again.
+        position = self._held or self._gaps.before_all or self._reached
+        changes = await self._store(changes, tallies, received, position)
+        failpoint("projector.after_store")
+        for change in changes:
+            self._tallies.keep(change.poll_id, change.tally)
+        if changes:
+            options = sum(len(change.tally.options) for change in changes)
+            self._polls_at_once = max(_OPTIONS_AT_ONCE * len(changes) // max(options, 1), 1)
+        self._measure(changes)
+        return changes
 
     async def move(self, position: Position) -> None:
         """Notes that the read model contains the stream up to another position."""

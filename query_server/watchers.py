@@ -64,7 +64,7 @@ _SWEEP_SECONDS = 1.0
 # Topics in one round trip, and those whose results are read from the read database at once.
 _BATCH = 500
 _STORED_BATCH = 10
-# Watchers that hear of a change in one turn of the loop: each costs about 0.1 ms, and an answer to others some ten turns.
+# Watchers that hear of a change in one turn of the loop, each of which costs some 0.1 ms; an answer needs ten turns.
 _TOLD_AT_ONCE = 16
 
 _watchers = Gauge("tally_query_watchers", "Streams, and calls that wait for a version.")

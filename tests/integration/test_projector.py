@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import asyncpg
 import nats
@@ -20,8 +22,8 @@ from nats.js import JetStreamContext
 from nats.js.api import StreamConfig
 from prometheus_client import REGISTRY
 from redis.asyncio import Redis
-from tally.event.v1.event_pb2 import Event, VotesCast
-from tally.poll.v1.poll_pb2 import POLL_STATE_CLOSED, POLL_STATE_OPEN
+from tally.event.v1.event_pb2 import Event, PollCreated, VotesCast
+from tally.poll.v1.poll_pb2 import POLL_STATE_CLOSED, POLL_STATE_OPEN, PollOption, PollSpec
 from tally.query.v1.query_service_pb2 import RESULTS_SOURCE_LIVE_CACHE, GetResultsResponse, Results
 
 from contracts.bus import (
@@ -37,6 +39,7 @@ from contracts.bus import (
 )
 from contracts.dead_letters import DeadLetter
 from contracts.live import FIRST_GENERATION, filling_key, live_channel, live_key, position_key
+from contracts.log_epoch import ZERO
 from contracts.read_database import vote_key
 from contracts.read_models import READ_MODELS
 from projector import session
@@ -45,7 +48,8 @@ from projector.documents import Documents
 from projector.fold import advance
 from projector.live import Live
 from projector.read_model import Change, Displaced
-from projector.stream import Position
+from projector.session import Session
+from projector.stream import Message, Position
 from projector.views import Views
 from relay import comparison, repair
 from relay.__main__ import RelaySettings, relay
@@ -897,3 +901,33 @@ async def test_no_more_polls_are_kept_in_memory_than_fit(all_: Everything, monke
         for poll in polls:
             await log.cast(poll)
         await all_.counted(*polls)
+
+
+async def test_many_large_polls_are_changed_a_few_at_a_time(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All in one batch, they would take gigabytes with what is made of them."""
+    stored: list[int] = []
+    store = Live.store
+
+    async def counted(model: Live, changes: Any, letters: Any, old: Any, new: Any) -> None:
+        stored.append(sum(len(change.tally.options) for change in changes))
+        await store(model, changes, letters, old, new)
+
+    monkeypatch.setattr(Live, "store", counted)
+    options = [PollOption(option_id=f"option-{number}", label="?") for number in range(1000)]
+    large, small = [str(uuid4()) for _ in range(50)], [str(uuid4()) for _ in range(50)]
+    messages: list[Message] = []
+    for poll_id in [*large, *small]:
+        spec = PollSpec(title="?", options=options if poll_id in large else options[:2])
+        event = Event(poll_id=poll_id, version=1, poll_created=PollCreated(poll=spec))
+        event.recorded_at.GetCurrentTime()
+        place = Position(len(messages) + 1, 1)
+        messages.append(Message(f"tally.events.0.{poll_id}", event.SerializeToString(), place, 0, 1))
+    async with Live.connect(redis_url) as model:
+        session = Session(model)
+        await session.begin(ZERO)
+        assert await session.apply(messages, messages[-1].position) == (100, 0)
+        assert len(await model.load([*large, *small])) == 100
+        assert await model.position() == messages[-1].position
+    assert max(stored) <= 20_000
+    # Of small ones many go together.
+    assert len(stored) < 10
