@@ -309,18 +309,18 @@ class Watchers:
             raise Refusal(ErrorReason.ERROR_REASON_OVERLOADED, "this server has as many watchers as it can serve")
         poll_ids = dict.fromkeys(poll_ids)
         answered = {poll_id: self._answered.position(poll_id) for poll_id in poll_ids}
-        wanted = {
+        least = {
             poll_id: max(wanted.get(poll_id, NOWHERE), position)
             for poll_id, position in answered.items()
             if poll_id in wanted or position != NOWHERE
         }
-        watcher = Watcher(self, [self._topic(poll_id) for poll_id in poll_ids], wanted, min_interval)
+        watcher = Watcher(self, [self._topic(poll_id) for poll_id in poll_ids], least, min_interval)
         self._enter(watcher)
         try:
             with ExitStack() as waits:
                 for topic in watcher.topics:
                     if watcher.lacks(topic) and topic.poll_id in wanted:
-                        waits.enter_context(self._await_in_views(watcher, topic, wanted[topic.poll_id]))
+                        waits.enter_context(self._await_in_views(watcher, topic, least[topic.poll_id]))
                 await watcher.start(patience)
             yield watcher
         finally:
