@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
@@ -738,6 +739,12 @@ def waiting() -> float:
     return REGISTRY.get_sample_value("tally_query_waiting") or 0
 
 
+async def is_quiet(store: Proxy) -> bool:
+    passed = store.passed
+    await asyncio.sleep(0.1)
+    return store.passed == passed
+
+
 @pytest.mark.usefixtures("no_lookups", "no_sweep")
 async def test_waiting_asks_nothing_and_wakes_on_the_update(network: Network, models: ReadModels) -> None:
     await until(is_announced)
@@ -749,8 +756,8 @@ async def test_waiting_asks_nothing_and_wakes_on_the_update(network: Network, mo
         calls: list[asyncio.Future[Any]] = [asyncio.ensure_future(network.stub.GetPoll(request)) for _ in range(10)]
         calls.append(asyncio.ensure_future(get_results(network.stub, poll_id, fresh)))
         await until(lambda: waiting() == 11)
-        # The last of them have read once more, in vain.
-        await asyncio.sleep(0.05)
+        # The last of them read once more, in vain.
+        await until(partial(is_quiet, network.to_database))
         passed = network.to_database.passed
         done, _ = await asyncio.wait(calls, timeout=0.05)
         assert (len(done), network.to_database.passed) == (0, passed)
@@ -1039,8 +1046,8 @@ async def test_a_read_model_that_is_being_filled_is_not_read_as_if_it_were_full(
         (server.GetResults, pb.GetResultsRequest(poll_id=str(poll_id))),
         (server.BatchGetResults, pb.BatchGetResultsRequest(poll_ids=[str(poll_id)])),
     ]
-    soon = Watch(server, poll_id, timeout=1)
-    refusals = await asyncio.gather(soon.refused(), *(refused(call(request, timeout=1)) for call, request in calls))
+    soon = Watch(server, poll_id, timeout=3)
+    refusals = await asyncio.gather(soon.refused(), *(refused(call(request, timeout=3)) for call, request in calls))
     assert {(each.code, each.reason) for each in refusals} == {(grpc.StatusCode.UNAVAILABLE, "READ_MODEL_BEHIND")}
     # Who waits longer is answered.
     waiting = [asyncio.ensure_future(call(request, timeout=5)) for call, request in calls]
