@@ -40,8 +40,11 @@ class Request(NamedTuple):
     def of(cls, message: Message, request_id: str) -> "Request":
         uuid = UUID(request_id) if request_id else None
         if uuid:
-            # However its letters are written, it is the same id.
+            # However their letters are written, they are the same ids.
             message.MergeFrom(type(message)(request_id=str(uuid)))
+            if "poll_id" in message.DESCRIPTOR.fields_by_name:
+                poll_id = UUID(message.poll_id)  # type: ignore[attr-defined]
+                message.MergeFrom(type(message)(poll_id=str(poll_id)))
         body = message.DESCRIPTOR.full_name.encode() + b"\0" + message.SerializeToString(deterministic=True)
         return cls(uuid, blake2b(body, digest_size=32).digest())
 

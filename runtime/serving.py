@@ -262,6 +262,11 @@ class _Wrapping:
     async def _refuse(self, method: str, context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
         if isinstance(error, grpc.aio.AbortError):
             raise error
+        task = asyncio.current_task()
+        if task and task.cancelling():
+            # The caller hung up, for which gRPC cancels the handler, and what was written meanwhile failed: no defect.
+            _calls.ended(method, "CANCELLED")
+            raise asyncio.CancelledError
         while isinstance(error, ExceptionGroup):
             error = error.exceptions[0]
         status = rpc_status.to_status(self._to_status(error))

@@ -20,6 +20,7 @@ import grpc
 import psutil
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
+from structlog.testing import capture_logs
 from tally.command.v1 import command_service_pb2 as pb
 from tally.command.v1.command_service_pb2_grpc import CommandServiceStub
 from tally.event.v1.event_pb2 import Event
@@ -166,6 +167,47 @@ async def test_a_request_id_is_the_same_in_capitals(server: CommandServiceAsyncS
     assert kept["fingerprint"] == blake2b(body, digest_size=32).digest()
     create.request_id = create.request_id.upper()
     assert await server.CreatePoll(create) == first
+
+
+async def test_a_repeat_may_write_the_polls_id_in_capitals(server: CommandServiceAsyncStub, write_dsn: str) -> None:
+    poll_id = await draft_poll(server)
+    update = pb.UpdatePollRequest(request_id=str(uuid4()), poll_id=poll_id.upper(), poll=PollSpec(title="When?"))
+    opening = pb.OpenPollRequest(request_id=str(uuid4()), poll_id=poll_id)
+    for call, request in ((server.UpdatePoll, update), (server.OpenPoll, opening)):
+        first = await call(request)  # type: ignore[arg-type]
+        request.poll_id = poll_id if request.poll_id != poll_id else poll_id.upper()
+        assert await call(request) == first  # type: ignore[arg-type]
+    assert (await read_log(write_dsn, poll_id)).changes == ["poll_created", "poll_updated", "poll_opened"]
+
+
+async def test_a_caller_that_hangs_up_is_no_defect(
+    server: CommandServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poll_id = await open_poll(server)
+    answered, hung_up, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    answer = intake._Batch.answer
+
+    async def late(batch: Any) -> bytes:
+        answered.set()
+        try:
+            await asyncio.shield(hung_up.wait())
+        except asyncio.CancelledError:
+            # As where the end of the call comes in the middle of a write.
+            ended.set()
+            raise RuntimeError("what gRPC says of a write that failed") from None
+        return await answer(batch)
+
+    monkeypatch.setattr(intake._Batch, "answer", late)
+    with capture_logs() as logs:
+        call = server.CastVotes(iter([batch(poll_id, ("ada", "mon"))]))
+        async with asyncio.timeout(10):
+            reading = asyncio.ensure_future(call.read())
+            await answered.wait()
+            call.cancel()
+            await ended.wait()
+            await asyncio.wait([reading])
+        await server.CastVote(vote(poll_id, "bob", "mon"))
+    assert [line for line in logs if line["log_level"] == "error"] == []
 
 
 async def test_no_request_id_has_the_number_of_another_lock(server: CommandServiceAsyncStub, write_dsn: str) -> None:
