@@ -13,11 +13,13 @@ from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.js.api import StreamConfig
 from structlog.testing import capture_logs
+from tally.query.v1.query_service_pb2 import OutboxStatus
 
 import relay.comparison
 import relay.repair
 import relay.stream
 from contracts.bus import ALL_EVENTS, REPUBLISH, STREAM, EventHeaders, event_subject, republish_request
+from relay.backlog import Backlog
 from relay.comparison import Comparison
 from relay.history import History
 from relay.stream import Stream
@@ -329,3 +331,36 @@ async def test_a_shard_whose_relay_is_away_keeps_no_other_from_being_repaired(
     await pool.close()
     queued = await log.connection.fetch("SELECT poll_no, version FROM outbox WHERE again ORDER BY poll_no")
     assert [tuple(row) for row in queued] == [(poll.poll_no, 2) for poll in mine]
+
+
+async def test_what_is_published_again_does_not_count_with_the_age_of_its_events(log: EventLog, write_dsn: str) -> None:
+    poll, waiting = await log.poll(), await log.poll()
+    await log.connection.execute(
+        "UPDATE events SET recorded_at = now() - interval '3 days' WHERE poll_no = $1", poll.poll_no
+    )
+    await log.connection.execute(
+        "UPDATE events SET recorded_at = now() - interval '9 s' WHERE poll_no <> $1", poll.poll_no
+    )
+    await log.connection.execute("UPDATE outbox SET again = true WHERE poll_no = $1", poll.poll_no)
+    pool = await connect_pool(write_dsn, size=2, application="test")
+
+    async def measured() -> OutboxStatus:
+        backlog = Backlog(pool, 0, 1)
+        measuring = asyncio.create_task(backlog.measure())
+        await eventually(lambda: _is_there(backlog))
+        measuring.cancel()
+        assert backlog._status
+        return backlog._status
+
+    status = await measured()
+    assert status.events == 4
+    assert 9 <= status.oldest_seconds < 60
+    await log.connection.execute("DELETE FROM outbox WHERE poll_no = $1", waiting.poll_no)
+    status = await measured()
+    assert status.events == 2
+    assert not status.HasField("oldest_seconds")
+    await pool.close()
+
+
+async def _is_there(backlog: Backlog) -> bool:
+    return backlog._status is not None
