@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import NamedTuple
 from uuid import UUID
 
@@ -93,12 +93,17 @@ def parse_event_headers(headers: Mapping[str, str] | None) -> EventHeaders | Non
 
 def microseconds(moment: datetime) -> int:
     """Microseconds of Unix time."""
-    return (moment - _UNIX_EPOCH) // timedelta(microseconds=1)
+    since = moment - _UNIX_EPOCH
+    # Three times as fast as a division by a timedelta, for each event.
+    return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
 
 
 def event_message(poll_id: UUID, version: int, recorded_at: datetime, payload: bytes) -> bytes:
     """A logged event as it goes on the stream: serialized messages one after the other are read as one, merged."""
-    head = Event(poll_id=str(poll_id), version=version, recorded_at=recorded_at)  # type: ignore[arg-type]
+    head = Event(poll_id=str(poll_id), version=version)
+    # As protobuf would convert the datetime, which takes longer than all the rest, for each event.
+    head.recorded_at.seconds, micros = divmod(microseconds(recorded_at), 1_000_000)
+    head.recorded_at.nanos = 1000 * micros
     return head.SerializeToString() + payload
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from uuid import UUID
 
 import nats
@@ -133,6 +134,8 @@ async def test_what_is_published_again_ends_with_the_latest_event(
     log: EventLog, write_dsn: str, nats_url: str, bus: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(relay.repair, "RANGE_EVENTS", 3)
+    # Else the comparison would bring it.
+    monkeypatch.setattr(relay.comparison, "LOOK_SECONDS", 3600.0)
     poll = await log.poll()
     for _ in range(8):
         await log.cast(poll)
@@ -182,30 +185,74 @@ async def _has(bus: Client, log: EventLog, versions: list[int]) -> bool:
     return await last_versions(bus, log) == versions
 
 
-async def test_a_stream_without_anything_gets_the_heads_while_votes_go_first(
-    log: EventLog, write_dsn: str, nats_url: str, bus: Client, monkeypatch: pytest.MonkeyPatch
+async def test_heads_are_queued_only_while_few_events_wait(
+    log: EventLog, write_dsn: str, bus: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(relay.comparison, "_WAITING_EVENTS", 100)
     monkeypatch.setattr(relay.comparison, "_PAGE_POLLS", 100)
-    await many_polls(log, 3000)
+    await many_polls(log, 1000)
+    await log.connection.execute("DELETE FROM outbox")
+    async with comparing(write_dsn, bus) as comparison, asyncio.TaskGroup() as tasks:
+        tasks.create_task(comparison.compare_all())
+        published_heads = 0
+        while published_heads < 1000:
+            # Two pages wait at most, however long nothing is published.
+            await eventually(lambda: _waits(log, min(200, 1000 - published_heads)))  # noqa: B023
+            await asyncio.sleep(0.1)
+            assert await log.waiting() == min(200, 1000 - published_heads)
+            rows = await log.connection.fetch("DELETE FROM outbox RETURNING poll_no")
+            published_heads += len(rows)
+
+
+async def _waits(log: EventLog, events: int) -> bool:
+    return await log.waiting() == events
+
+
+async def test_a_stream_without_anything_gets_all_heads_while_votes_come(
+    log: EventLog, write_dsn: str, nats_url: str, bus: Client
+) -> None:
+    await many_polls(log, 2000)
     poll = await log.poll()
     jetstream: JetStreamContext = bus.jetstream()
     async with relaying(write_dsn, nats_url):
         await drained(log)
         await jetstream.delete_stream(STREAM)
-        most = 0
         while 0 in (versions := await _versions_or_none(bus, log)):
             await log.cast(poll)
-
-            async def on_the_stream() -> None:
-                assert (await _versions_or_none(bus, log))[-1] == poll.version
-
-            await eventually(on_the_stream)
-            most = max(most, await log.waiting())
         assert set(versions[:-1]) == {2}
-        # Never more heads than two pages wait before a vote.
-        assert most <= 201
         await drained(log)
+        assert (await _versions_or_none(bus, log))[-1] == poll.version
+
+
+async def test_a_poll_whose_events_wait_is_looked_at_again_before_its_turn(
+    log: EventLog, write_dsn: str, bus: Client
+) -> None:
+    waiting, other = await log.poll(), await log.poll()
+    await log.connection.execute("DELETE FROM outbox WHERE poll_no = $1", other.poll_no)
+    async with comparing(write_dsn, bus) as comparison:
+        await comparison.compare_all()
+        assert await _queued(log) == [other.poll_no]
+        # They were published, and lost.
+        await log.connection.execute("DELETE FROM outbox")
+        await comparison._look_again()
+        assert await _queued(log) == [waiting.poll_no, other.poll_no]
+
+
+async def _queued(log: EventLog) -> list[int]:
+    rows = await log.connection.fetch("SELECT poll_no FROM outbox WHERE again ORDER BY poll_no")
+    return [row["poll_no"] for row in rows]
+
+
+@asynccontextmanager
+async def comparing(write_dsn: str, bus: Client, shards: int = 1) -> AsyncIterator[Comparison]:
+    """A comparison beside which nothing is published."""
+    pool = await connect_pool(write_dsn, size=2, application="test")
+    stream, history = Stream(bus, 0), History(pool)
+    await stream.ensure()
+    try:
+        yield Comparison(pool, stream, history, await history.agree(stream), 0, shards)
+    finally:
+        await pool.close()
 
 
 async def _versions_or_none(bus: Client, log: EventLog) -> list[int]:
@@ -293,20 +340,16 @@ async def test_a_hundred_pages_are_compared_and_progress_is_told(
     await many_polls(log, 1000)
     async with relaying(write_dsn, nats_url):
         await drained(log)
-    pool = await connect_pool(write_dsn, size=2, application="test")
-    stream, history = Stream(bus, 0), History(pool)
-    await stream.ensure()
-    comparison = Comparison(pool, stream, history, await history.agree(stream), 0, 1)
     compared = relay.comparison._compared.labels(0)._value.get
     before = compared()
-    with capture_logs() as logs:
-        await comparison.compare_all()
+    async with comparing(write_dsn, bus) as comparison:
+        with capture_logs() as logs:
+            await comparison.compare_all()
     assert compared() - before == 1000
     assert relay.comparison._progress.labels(0)._value.get() == 1
     told = [line["polls"] for line in logs if line["event"] == "comparing the stream with the log"]
     assert told == sorted(told)
     assert told
-    await pool.close()
 
 
 async def test_a_shard_whose_relay_is_away_keeps_no_other_from_being_repaired(
@@ -323,14 +366,9 @@ async def test_a_shard_whose_relay_is_away_keeps_no_other_from_being_repaired(
                 await log.cast(poll)
     jetstream: JetStreamContext = bus.jetstream()
     await jetstream.purge_stream(STREAM)
-    pool = await connect_pool(write_dsn, size=2, application="test")
-    stream, history = Stream(bus, 0), History(pool)
-    await stream.ensure()
-    async with asyncio.timeout(10):
-        await Comparison(pool, stream, history, await history.agree(stream), 0, 2).compare_all()
-    await pool.close()
-    queued = await log.connection.fetch("SELECT poll_no, version FROM outbox WHERE again ORDER BY poll_no")
-    assert [tuple(row) for row in queued] == [(poll.poll_no, 2) for poll in mine]
+    async with comparing(write_dsn, bus, shards=2) as comparison, asyncio.timeout(10):
+        await comparison.compare_all()
+    assert await _queued(log) == [poll.poll_no for poll in mine]
 
 
 async def test_what_is_published_again_does_not_count_with_the_age_of_its_events(log: EventLog, write_dsn: str) -> None:

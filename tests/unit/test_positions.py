@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from uuid import UUID, uuid4
 
 import pytest
+from tally.event.v1.event_pb2 import Event, PollOpened
 
 from contracts import bus, freshness, log_epoch
 from contracts.refusals import Refusal
@@ -70,3 +71,12 @@ def test_a_token_of_a_server_without_epochs_is_of_the_first_epoch() -> None:
 def test_what_no_command_returned_is_no_token(packed: bytes) -> None:
     with pytest.raises(Refusal, match="consistency_token"):
         freshness.parse(urlsafe_b64encode(packed).decode())
+
+
+@pytest.mark.parametrize("moment", [MOMENT, datetime(1969, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)])
+def test_a_message_says_when_its_event_was_recorded(moment: datetime) -> None:
+    poll_id = uuid4()
+    event = Event.FromString(bus.event_message(poll_id, 3, moment, Event(poll_opened=PollOpened()).SerializeToString()))
+    assert (event.poll_id, event.version, event.WhichOneof("change")) == (str(poll_id), 3, "poll_opened")
+    assert event.recorded_at.ToDatetime(UTC) == moment
+    assert event.recorded_at.ToNanoseconds() == 1000 * bus.microseconds(moment)
