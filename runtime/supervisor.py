@@ -530,10 +530,20 @@ async def _stop_leftovers(record: Path, say: Callable[[str], None]) -> None:
 
 def _recorded(record: Path) -> list[dict[str, Any]]:
     try:
-        entries: list[dict[str, Any]] = json.loads(record.read_text())
-    except (FileNotFoundError, ValueError):
+        entries = json.loads(record.read_text())
+    except (OSError, ValueError, RecursionError):
         return []
-    return entries
+    # Whatever else it may hold is not ours.
+    return [entry for entry in entries if _is_record(entry)] if isinstance(entries, list) else []
+
+
+def _is_record(entry: Any) -> bool:
+    try:
+        name, pid, created, number = (entry[key] for key in ("name", "pid", "created", "signal"))
+        signal.Signals(number)
+    except (LookupError, TypeError, ValueError):
+        return False
+    return isinstance(name, str) and type(pid) is int and 1 < pid < 1 << 31 and isinstance(created, int | float)
 
 
 def _is_running(entry: Mapping[str, Any]) -> bool:

@@ -296,3 +296,24 @@ async def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> Non
         assert watched.process("one").pid
         assert watched.process("one").last_lines() == ""
     assert watched.said == [f"one runs without a log: [Errno 21] Is a directory: '{log}'"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "5",
+        "null",
+        "{}",
+        '[{"pid": 1}, 5, null, [], "x"]',
+        '[{"name": "x", "pid": -1, "created": 1, "signal": 9}]',
+        '[{"name": "x", "pid": 1, "created": 1, "signal": 9}, {"name": "x", "pid": 2, "created": "x", "signal": 9}]',
+        '[{"name": "x", "pid": 99999999999999999999, "created": 1.0, "signal": 9}]',
+        '[{"name": "x", "pid": 2, "created": 1.0, "signal": 9999}]',
+        "[" * 100_000,
+        "\x00",
+    ],
+)
+async def test_a_record_that_no_supervisor_wrote_stops_nothing(tmp_path: Path, content: str) -> None:
+    (tmp_path / "processes.json").write_text(content)
+    async with supervising(tmp_path, 5) as watched:
+        assert watched.said == []
