@@ -124,14 +124,22 @@ async def check_durability(connection: asyncpg.Connection) -> None:
             log.error("the database is not durable: acknowledged changes can be lost", setting=setting, value=value)
 
 
-async def migrate(dsn: str, folder: Traversable, schema: str = "public") -> list[str]:
+class TooOld(asyncpg.InterfaceError):  # type: ignore[misc]
+    """A server lacks what these schemas need; the message says which version has it."""
+
+
+async def migrate(dsn: str, folder: Traversable, schema: str = "public", *, version: int = 0) -> list[str]:
     """Applies the numbered SQL files that this schema does not have yet, each in a transaction; returns their names.
 
     The schema is made where it is missing. Safe to run from several processes at once, and again after a crash.
-    Raises TimeoutError where somebody else holds the lock for more than a minute; a migration may take any time.
+    Raises TimeoutError where somebody else holds the lock for more than a minute; a migration may take any time. Raises
+    TooOld, and changes nothing, where the server's major version is below `version`.
     """
     connection = await connect_primary(dsn, timeout=10, server_settings=_KEEPALIVE | {"search_path": schema})
     try:
+        if connection.get_server_version().major < version:
+            running = connection.get_settings().server_version
+            raise TooOld(f"this is Postgres {running}, and Tally needs version {version} or newer here")
         try:
             await connection.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK, timeout=_MIGRATION_LOCK_SECONDS)
         except TimeoutError:

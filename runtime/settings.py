@@ -2,14 +2,16 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "TALLY_"
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
 
 def _only_if(can_work: Callable[[str], bool], shape: str) -> AfterValidator:
@@ -35,7 +37,15 @@ def _leads_somewhere(url: str, *schemes: str) -> bool:
 
 
 def _is_postgres(url: str) -> bool:
-    return _leads_somewhere(url, "postgresql", "postgres")
+    return _leads_somewhere(url, "postgresql", "postgres") and _is_known_sslmode(url)
+
+
+def _is_known_sslmode(url: str) -> bool:
+    return all(mode in _SSL_MODES for mode in parse_qs(urlsplit(url).query).get("sslmode", []))
+
+
+def _is_writable(path: str) -> bool:
+    return not path or (Path(path).parent.is_dir() and not Path(path).is_dir())
 
 
 def _is_redis(url: str) -> bool:
@@ -56,6 +66,7 @@ PostgresUrl = Annotated[str, _only_if(_is_postgres, "an address such as postgres
 RedisUrl = Annotated[str, _only_if(_is_redis, "an address such as redis://host:6379/0")]
 NatsUrl = Annotated[str, _only_if(_is_nats, "an address such as nats://host:4222, or several with commas between them")]
 Listen = Annotated[str, _only_if(_is_listen, "host:port")]
+ReadyFile = Annotated[str, _only_if(_is_writable, "a file in a folder that exists")]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(str.lower)]
 
 
@@ -66,7 +77,7 @@ class Settings(BaseSettings):
 
     log_level: LogLevel = Field("info", description="Least severity that is logged: debug, info, warning or error.")
     metrics_listen: Listen | None = Field(None, description="host:port of the Prometheus metrics over HTTP.")
-    ready_file: str = Field("", description="File that is written once the process is ready; empty: none.")
+    ready_file: ReadyFile = Field("", description="File that is written once the process is ready; empty: none.")
 
     @classmethod
     def from_environment(cls, **given: Any) -> Self:

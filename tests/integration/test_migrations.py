@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from datetime import UTC, datetime
 from importlib.resources.abc import Traversable
@@ -13,6 +14,8 @@ import asyncpg
 import pytest
 
 import migrations
+from clients.databases import migrate
+from clients.failures import Failure
 from command_server.ballots import ballot_key, marking
 from contracts import log_epoch
 from contracts.read_database import vote_key
@@ -106,3 +109,15 @@ async def test_a_new_epoch_is_greater_than_all_that_anybody_knows(write_dsn: str
     assert [row["log_epoch"] for row in current] == known[-1:]
     with pytest.raises(asyncpg.InvalidParameterValueError):
         await sql(write_dsn, begin, UUID(int=(1 << 128) - 1))
+
+
+async def test_a_postgres_that_is_too_old_is_refused_in_one_line(
+    write_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrations, "WRITE_VERSION", 99)
+    with pytest.raises(Failure) as failure:
+        await migrate("write", write_dsn)
+    [line] = str(failure.value).splitlines()
+    assert re.fullmatch(
+        r"the write database was not migrated: this is Postgres 1\d.*, and Tally needs version 99 or newer here", line
+    )

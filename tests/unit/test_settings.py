@@ -16,20 +16,27 @@ GOOD = {
     "TALLY_LOG_LEVEL": ("debug", "WARNING", ""),
     "TALLY_METRICS_LISTEN": ("0.0.0.0:9100", ""),
     "TALLY_NATS_URL": ("nats://h:4222", "tls://u:p@h", "h:4222", "nats://a:1,nats://token@b:2", "nats://[::1]:1"),
+    "TALLY_READY_FILE": ("", "ready", "/tmp/ready"),
     "TALLY_REDIS_URL": ("redis://h:6379/0", "rediss://:p@h", "unix:///run/redis.sock"),
-    "TALLY_WRITE_DSN": ("postgresql://u:p@h:5432/d", "postgres://u:p@ss@a:1,b:2/d", "postgresql:///d?host=/run"),
+    "TALLY_WRITE_DSN": (
+        "postgresql://u:p@h:5432/d",
+        "postgres://u:p@ss@a:1,b:2/d",
+        "postgresql:///d?host=/run&sslmode=prefer",
+    ),
 }
 BAD = {
     "TALLY_COMMAND_LISTEN": ("nonsense", "h:1x", "127.0.0.1:99999", ":50051"),
     "TALLY_LOG_LEVEL": ("loud",),
     "TALLY_METRICS_LISTEN": ("9100", "h:port"),
     "TALLY_NATS_URL": ("", "nats://h:99999", "nats://h:s3cret", "http://h:1", "nats://", "nats://a:1,nats://b:99999"),
+    "TALLY_READY_FILE": ("/no/such/folder/ready", "/tmp"),
     "TALLY_REDIS_URL": ("h:6379", "redis://h:99999", "http://h", "redis://:s3cret/@h"),
     "TALLY_WRITE_DSN": (
         "mysql://h/d",
         "postgresql://a:1,b:99999/d",
         "postgresql://u:s3cret/@h/d",
         "postgresql://[::1/d",
+        "postgresql://u:s3cret@h/d?sslmode=foo",
     ),
 }
 KINDS: dict[str, type[Settings]] = {"TALLY_NATS_URL": RelaySettings, "TALLY_REDIS_URL": RedisSettings}
