@@ -152,7 +152,7 @@ async def stage(write_dsn: str, read_dsn: str, nats_url: str, redis_url: str) ->
     async with (
         event_log(write_dsn) as log,
         Redis.from_url(redis_url) as redis,
-        asyncpg.create_pool(read_dsn, min_size=1, max_size=4) as read,
+        asyncpg.create_pool(read_dsn, min_size=1, max_size=4, statement_cache_size=0) as read,
     ):
         stage = Stage(log, redis, read, bus, settings)
         await stage.make_stream()

@@ -156,7 +156,7 @@ async def test_secrets_are_for_those_who_need_them(up: Up) -> None:
         for pid in pids:
             environment = str(psutil.Process(pid).environ())
             assert (secret in environment) == (name in {"command_server", "query_server"}), name
-            assert (str(passwords[0]) in environment) == (name in {"command_server", "relay"}), name
+            assert (str(passwords[0]) in environment) == (name in {"command_server", "relay", "projector"}), name
 
 
 async def test_a_second_one_in_the_same_directory_is_refused(up: Up) -> None:
