@@ -9,12 +9,13 @@ from pydantic import Field
 from tally.command.v1 import command_service_pb2
 from tally.command.v1.command_service_pb2_grpc import add_CommandServiceServicer_to_server
 
-from command_server.ballot_box import COMMITTERS, BallotBox
+from command_server.ballot_box import COMMITTERS, WARY_COMMITTERS, BallotBox
 from command_server.caretaker import Caretaker
 from command_server.poll_log import PollLog
 from command_server.polls import Polls
 from command_server.roll import Roll
 from command_server.service import CommandService
+from command_server.turns import Turns
 from command_server.vote_log import VoteLog
 from command_server.voter_secret import OtherSecret, SecretGuard
 from contracts.failures import status_of
@@ -26,6 +27,9 @@ log = structlog.get_logger()
 
 # How long a stop waits for votes that were accepted, after the calls have ended.
 _DRAIN_SECONDS = 3.0
+# How long a statement waits for another transaction's lock. Transactions that commit votes of one poll after each other
+# are far faster; what is locked for longer is tried again where it holds up nothing else.
+_LOCK_SECONDS = 0.25
 
 SERVICE = command_service_pb2.DESCRIPTOR.services_by_name["CommandService"].full_name
 
@@ -64,11 +68,15 @@ async def serve(settings: CommandSettings, stop: asyncio.Event, ready: Callable[
     voters = VoterKeys(settings.voter_secret)
     guard = SecretGuard(voters)
     pool = await postgres.connect_pool(
-        settings.write_dsn, size=COMMITTERS + 5, application="command_server", check=guard.check
+        settings.write_dsn,
+        size=COMMITTERS + WARY_COMMITTERS + 5,
+        application="command_server",
+        lock_seconds=_LOCK_SECONDS,
+        check=guard.check,
     )
-    polls = Polls(pool)
+    polls, turns = Polls(pool), Turns(pool)
     box = BallotBox(VoteLog(pool, polls))
-    service = CommandService(PollLog(pool), Roll(pool), polls, box, voters)
+    service = CommandService(PollLog(turns), Roll(turns), polls, box, voters)
 
     server = serving.new_server(share_port=settings.worker)
     serving.add_service(server, add_CommandServiceServicer_to_server, service, status_of)

@@ -85,6 +85,8 @@ class Submission:
         self.since = since
         self.deadline = deadline
         self.verdicts = verdicts
+        # Where it waits, once it does.
+        self.queue: BallotQueue | None = None
         self._unsettled = len(ballots)
         self._recorded: Recorded | None = None
         self._others: dict[int, Verdict] = {}
@@ -112,7 +114,7 @@ class Submission:
         if recorded and (self._recorded is None or self._recorded.position < recorded.position):
             self._recorded = recorded
         if others:
-            places = piece.part if isinstance(piece.part, list) else self._places_of(piece.part)
+            places = self.places(piece.part)
             self._others.update((places[index], verdict) for index, verdict in others.items())
         self._unsettled -= len(piece.ballots)
         if not self._unsettled:
@@ -123,13 +125,17 @@ class Submission:
         if not self.verdicts.done():
             self.verdicts.set_exception(error)
 
-    def _places_of(self, number: int) -> list[int]:
-        """The indexes of the ballots in a range. Found for all ranges at once, when somebody asks."""
+    def places(self, part: int | list[int]) -> list[int]:
+        """The indexes of a part's ballots. Those of ranges are found for all ranges at once, when somebody asks."""
+        if isinstance(part, list):
+            return part
+        if part == _ALL:
+            return list(range(len(self.ballots)))
         if self._places is None:
             self._places = [[] for _ in range(_RANGES)]
             for index, ballot in enumerate(self.ballots):
                 self._places[range_of(ballot, _RANGES)].append(index)
-        return self._places[number]
+        return self._places[part]
 
 
 class Piece(NamedTuple):
@@ -139,6 +145,27 @@ class Piece(NamedTuple):
     # The range's number, or the places, or _ALL.
     part: int | list[int]
     ballots: list[bytes]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.submission.verdicts.done()
+
+    def halves(self) -> "tuple[Piece, Piece]":
+        """Its ballots in two parts; it has at least two."""
+        places, middle = self.submission.places(self.part), len(self.ballots) // 2
+        return (
+            Piece(self.submission, places[:middle], self.ballots[:middle]),
+            Piece(self.submission, places[middle:], self.ballots[middle:]),
+        )
+
+
+def halves(pieces: list[Piece]) -> tuple[list[Piece], list[Piece]]:
+    """Pieces with at least two ballots in two parts."""
+    if len(pieces) == 1:
+        first, second = pieces[0].halves()
+        return [first], [second]
+    return pieces[: len(pieces) // 2], pieces[len(pieces) // 2 :]
 
 
 class BallotQueue:
@@ -150,12 +177,21 @@ class BallotQueue:
         # How many commits of this poll are under way, and whether it waits for a committer.
         self.committing = 0
         self.offered = False
-        # Whether the pause after the latest commit is still to end.
-        self.paced = False
+        # Whether another transaction has locked the poll: then no commit begins.
+        self.held = False
+        # Whether a commit found a lock, so that the next ones may: they go by themselves.
+        self.wary = False
+        # Whether the pause after a commit of a single ballot that found a lock is still to end.
+        self.pausing = False
         # The most ballots of one commit, whatever they choose.
         self._most = min(BATCH_BALLOTS, BATCH_BYTES // size(most_choices(poll.spec)))
         self._latest: deque[Submission] = deque()
-        self._ranges: list[deque[Piece]] = [deque() for _ in range(_RANGES)]
+        # By range; none before more wait than a commit may hold.
+        self._ranges: list[deque[Piece]] = []
+        # What commits gave back, as they were to go: the next ones first.
+        self._returned: list[list[Piece]] = []
+        # Whether the latest commit got some of these.
+        self._returned_next = False
         # Where the sweep is.
         self._range = 0
         # Where votes may be changed: the submission and the place in it of each ballot of a voter, oldest first.
@@ -164,33 +200,48 @@ class BallotQueue:
     @property
     def due(self) -> bool:
         """Whether another commit should begin."""
-        if self.offered or not self.ballots or (self.paced and self.ballots < SMALL_BATCH):
+        if self.offered or self.held or self.pausing or not self.ballots:
             return False
         # Fewer, larger commits are cheaper for everybody, so only what is too much for one begins a second one beside
         # it; without a third, more wait for the next, and its keys are closer together. Where a later vote replaces an
         # earlier one, commits keep the order in which the votes came.
-        beside = self.ballots > self._most and not self.poll.spec.allow_vote_change
+        beside = self.ballots > self._most and not self.poll.spec.allow_vote_change and not self.wary
         return self.committing == 0 or (self.committing == 1 and beside)
 
     @property
     def idle(self) -> bool:
         """Whether nothing would be lost with it."""
-        return not (self.ballots or self.committing or self.paced)
+        return not (self.ballots or self.committing or self.held or self.pausing)
 
     def put(self, submission: Submission) -> None:
+        submission.queue = self
         self._latest.append(submission)
         self.ballots += len(submission.ballots)
 
+    def give_back(self, pieces: list[Piece], *, last: bool = False) -> None:
+        """Takes back what a commit did not record: the next commit gets these pieces, or a later one."""
+        self._returned.insert(len(self._returned) if last else 0, pieces)
+        self.ballots += sum([len(piece.ballots) for piece in pieces])
+
+    @property
+    def has_returned(self) -> bool:
+        """Whether ballots wait that a commit gave back."""
+        return bool(self._returned)
+
     def take(self) -> list[Piece]:
         """The ballots of the next commit."""
-        if self.poll.spec.allow_vote_change:
+        # What was given back and what came since take turns, or a vote that stays locked would hold up all others.
+        self._returned_next = bool(self._returned) and not (self._returned_next and self._has_others)
+        if self._returned_next:
+            taken = self._returned.pop(0)
+        elif self.poll.spec.allow_vote_change:
             taken = self._one_of_each_voter()
         elif self.ballots <= self._most:
             taken = [*chain.from_iterable(self._ranges), *(Piece(new, _ALL, new.ballots) for new in self._latest)]
-            for pieces in self._ranges:
-                pieces.clear()
+            self._ranges = []
             self._latest.clear()
         else:
+            self._ranges = self._ranges or [deque() for _ in range(_RANGES)]
             for new in self._latest:
                 for piece in new.pieces():
                     self._ranges[range_of(piece.ballots[0], _RANGES)].append(piece)
@@ -198,6 +249,41 @@ class BallotQueue:
             taken = self._sweep()
         self.ballots -= sum([len(piece.ballots) for piece in taken])
         return taken
+
+    @property
+    def _has_others(self) -> bool:
+        return self.ballots > sum([len(piece.ballots) for pieces in self._returned for piece in pieces])
+
+    def fail_returned(self, old: float, error: BaseException) -> None:
+        """Fails what commits gave back and what came before `old`, by the loop's clock."""
+        for pieces in self._returned:
+            for piece in pieces:
+                if piece.submission.since < old:
+                    piece.submission.fail(error)
+
+    def drop_done(self) -> list[Piece]:
+        """Takes out what nobody waits for any more."""
+        dropped = [piece for pieces in (*self._ranges, *self._returned) for piece in pieces if piece.is_done]
+        for pieces in self._ranges:
+            kept = [piece for piece in pieces if not piece.is_done]
+            pieces.clear()
+            pieces.extend(kept)
+        self._returned = [
+            kept for pieces in self._returned if (kept := [piece for piece in pieces if not piece.is_done])
+        ]
+        done = [submission for submission in self._latest if submission.verdicts.done()]
+        if done:
+            dropped += [Piece(submission, _ALL, submission.ballots) for submission in done]
+            self._latest = deque(submission for submission in self._latest if not submission.verdicts.done())
+        for key, line in list(self._lines.items()):
+            gone = [(submission, place) for submission, place in line if submission.verdicts.done()]
+            if gone:
+                dropped += [Piece(submission, [place], [submission.ballots[place]]) for submission, place in gone]
+                line[:] = [(submission, place) for submission, place in line if not submission.verdicts.done()]
+                if not line:
+                    del self._lines[key]
+        self.ballots -= sum([len(piece.ballots) for piece in dropped])
+        return dropped
 
     def _sweep(self) -> list[Piece]:
         """The next pieces that fit a commit, and at least one."""
@@ -226,7 +312,9 @@ class BallotQueue:
             for place, ballot in enumerate(new.ballots):
                 self._lines[voter(ballot)].append((new, place))
         parts: defaultdict[Submission, list[int]] = defaultdict(list)
-        for key in list(islice(self._lines, self._most)):
+        # A voter's votes keep their order.
+        earlier = {voter(ballot) for pieces in self._returned for piece in pieces for ballot in piece.ballots}
+        for key in list(islice((key for key in self._lines if key not in earlier), self._most)):
             line = self._lines.pop(key)
             submission, place = line.pop(0)
             parts[submission].append(place)

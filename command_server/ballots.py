@@ -93,6 +93,12 @@ def voter_of(ballot_key: UUID) -> bytes:
     return key[-_ROW_KEY_BYTES:]
 
 
+def poll_and_voter_of(ballot_key: UUID) -> tuple[int, bytes]:
+    """The poll_no and the `voter` in the key of a row."""
+    key: bytes = ballot_key.bytes
+    return int.from_bytes(key[:-_ROW_KEY_BYTES]), key[-_ROW_KEY_BYTES:]
+
+
 def key_range(poll_no: int) -> tuple[UUID, UUID]:
     """All keys of a poll's rows are above the first and not above the second of these."""
     bits = 8 * _ROW_KEY_BYTES

@@ -6,7 +6,7 @@ each poll's own lock like any command, so two of them, for a moment, would do no
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
@@ -14,21 +14,10 @@ from uuid import UUID
 import asyncpg
 import structlog
 from prometheus_client import Counter, Gauge
+from tally.event.v1.event_pb2 import Event, PollClosed, PollOpened
 from tally.poll.v1.poll_pb2 import PollSpec
 
-from command_server.poll import (
-    CERTIFIED,
-    CLOSED,
-    DRAFT,
-    OPEN,
-    Change,
-    Poll,
-    certify,
-    close_poll,
-    is_past_closing,
-    is_past_opening,
-    open_poll,
-)
+from command_server.poll import CERTIFIED, CLOSED, certify
 from command_server.poll_log import append, lock
 from command_server.recount import fold_log, recount_votes
 from runtime.failpoints import failpoint
@@ -46,6 +35,11 @@ _LOOK_SECONDS = 0.2
 _STEP_SECONDS = 8.0
 # How long a poll that could not be taken care of is left alone, while the others go on.
 _SKIP_SECONDS = 10.0
+# How long one that another transaction has locked is left alone.
+_LOCKED_SECONDS = 0.5
+_TELL_SECONDS = 10.0
+# How many polls open and close in one transaction: votes in them wait for its commit.
+_PAGE = 500
 # How many answers are forgotten at once, and how often. There is no index of their age: each command would pay for it,
 # and a scan each hour costs less.
 _FORGOTTEN_AT_ONCE = 10_000
@@ -57,8 +51,12 @@ _SESSION = {"application_name": "caretaker", "idle_session_timeout": "5s", "tran
 _leads = Gauge("tally_caretaker_leads", "1 where this process opens, closes and recounts polls.")
 _late = Gauge("tally_caretaker_failures", "Failures in a row; 0 is healthy.")
 _failed_polls = Counter("tally_caretaker_failed_polls", "Times that one poll failed, and the others went on.")
+_locked_polls = Gauge("tally_caretaker_locked_polls", "Polls that are due, and locked by another transaction.")
 _recounts = Counter("tally_recounts", "Recounts that ended.", ["outcome"])
 _mismatches = Gauge("tally_recount_mismatch", "1 after a recount that did not agree with the event log.", ["poll_id"])
+
+_OPENED = Event(poll_opened=PollOpened()).SerializeToString()
+_CLOSED = Event(poll_closed=PollClosed()).SerializeToString()
 
 
 class Caretaker:
@@ -69,6 +67,8 @@ class Caretaker:
         self._pool = pool
         # When each poll that failed is tried again.
         self._skipped: dict[UUID, float] = {}
+        # When each poll that is due and was found locked is tried again, and when the log tells of it again.
+        self._locked: dict[UUID, tuple[float, float]] = {}
 
     async def run(self) -> None:
         """Leads or stands by, until it is cancelled."""
@@ -109,24 +109,50 @@ class Caretaker:
     async def _keep_time(self, connection: asyncpg.Connection) -> None:
         # On the connection that holds the lock: when it is lost, so is the lead, and the loop ends.
         while True:
-            for row in await connection.fetch(sql.due_polls, self._left_alone()):
-                with self._skipping(row["poll_id"]):
-                    async with asyncio.timeout(_STEP_SECONDS), connection.transaction():
-                        locked = await lock(connection, row["poll_id"])
-                        change = _due(locked.poll)
-                        if change is not None:
-                            await append(connection, locked, change)
-                            log.info("on time", poll_id=str(row["poll_id"]), state=change.state)
-            await asyncio.sleep(_LOOK_SECONDS)
+            due = await connection.fetch(sql.due_polls, self._left_alone(), _PAGE)
+            if due:
+                try:
+                    await self._advance(connection, due)
+                except asyncpg.PostgresError as error:
+                    if isinstance(error, UNAVAILABLE):
+                        raise
+                    # One of them failed, and with it all of this page.
+                    for row in due:
+                        with self._skipping(row["poll_id"]):
+                            await self._advance(connection, [row])
+            if len(due) < _PAGE:
+                await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _advance(self, connection: asyncpg.Connection, due: Sequence[asyncpg.Record]) -> None:
+        """Opens and closes polls that are due, except those that another transaction has locked."""
+        async with asyncio.timeout(_STEP_SECONDS):
+            numbers = [row["poll_no"] for row in due]
+            advanced = await connection.fetch(sql.advance_polls, numbers, _OPENED, _CLOSED)
+        for row in advanced:
+            log.info("on time", poll_id=str(row["poll_id"]), state=row["state"])
+        left = {row["poll_id"] for row in due} - {row["poll_id"] for row in advanced}
+        for poll_id in left:
+            self._leave_locked(poll_id)
+
+    def _leave_locked(self, poll_id: UUID) -> None:
+        """Tries a poll again a little later. It is worth a word from the second time on: a vote's commit takes less."""
+        now = time.monotonic()
+        tell = self._locked[poll_id][1] if poll_id in self._locked else now
+        if poll_id in self._locked and now >= tell:
+            log.warning("a poll is due, and locked by another transaction", poll_id=str(poll_id))
+            tell = now + _TELL_SECONDS
+        self._locked[poll_id] = (now + _LOCKED_SECONDS, tell)
 
     async def _recount(self) -> None:
         while True:
             due = await self._pool.fetchrow(sql.next_recount, self._left_alone())
             if due is None:
                 await asyncio.sleep(_LOOK_SECONDS)
-                continue
-            with self._skipping(due["poll_id"]):
-                await self._recount_poll(due)
+            elif not await self._pool.fetchval(sql.is_unlocked, due["poll_no"]):
+                self._leave_locked(due["poll_id"])
+            else:
+                with self._skipping(due["poll_id"]):
+                    await self._recount_poll(due)
 
     async def _recount_poll(self, due: asyncpg.Record) -> None:
         poll_id, poll_no, spec = due["poll_id"], due["poll_no"], PollSpec.FromString(due["spec"])
@@ -168,6 +194,8 @@ class Caretaker:
         """What is wrong with one poll must not keep the others: only a store that does not answer ends the session."""
         try:
             yield
+        except asyncpg.LockNotAvailableError:
+            self._leave_locked(poll_id)
         except UNAVAILABLE:
             raise
         except Exception:
@@ -178,13 +206,8 @@ class Caretaker:
     def _left_alone(self) -> list[UUID]:
         now = time.monotonic()
         self._skipped = {poll_id: until for poll_id, until in self._skipped.items() if until > now}
-        return list(self._skipped)
-
-
-def _due(poll: Poll) -> Change | None:
-    """What a poll's times ask for; nothing where somebody was faster."""
-    if poll.state == DRAFT and is_past_opening(poll) and not is_past_closing(poll):
-        return open_poll(poll)
-    if poll.state == OPEN and is_past_closing(poll):
-        return close_poll(poll)
-    return None
+        # One that is found locked again soon is still known then.
+        forget = now - 4 * _LOCKED_SECONDS
+        self._locked = {poll_id: times for poll_id, times in self._locked.items() if times[0] > forget}
+        _locked_polls.set(len(self._locked))
+        return [*self._skipped, *(poll_id for poll_id, (until, _) in self._locked.items() if until > now)]

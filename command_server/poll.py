@@ -134,11 +134,6 @@ def certify(recount: Recount, log: Recount) -> Decision:
     return decide
 
 
-def is_past_opening(poll: Poll) -> bool:
-    """Whether it is time for the poll to open by itself, by the write database's clock."""
-    return poll.spec.HasField("opens_at") and poll.now >= poll.spec.opens_at.ToDatetime(UTC)
-
-
 def is_past_closing(poll: Poll) -> bool:
     """Whether the poll's time has passed by the write database's clock."""
     return poll.spec.HasField("closes_at") and poll.now >= poll.spec.closes_at.ToDatetime(UTC)
@@ -204,6 +199,13 @@ def already_voted() -> Refusal:
     return Refusal(
         ErrorReason.ERROR_REASON_ALREADY_VOTED,
         "a vote of this voter is recorded and stands; only a repeat of it, with its idempotency_key, gets its receipt",
+    )
+
+
+def locked() -> Refusal:
+    """The answer to what another transaction's lock kept from being done in time."""
+    return Refusal(
+        ErrorReason.ERROR_REASON_LOCKED, "another transaction has locked what this call changes; nothing was changed"
     )
 
 

@@ -1,6 +1,5 @@
 """Changes to polls: one transaction that takes a decision and writes state, event, outbox and the caller's answer."""
 
-from asyncio import timeout
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -14,10 +13,11 @@ from tally.command.v1.command_service_pb2 import CertifyPollResponse, CreatePoll
 from tally.poll.v1.poll_pb2 import PollSpec
 
 from command_server.poll import Change, Decision, Poll, create_poll, look_alikes, request_certification
+from command_server.turns import Turns
 from contracts.bus import MAX_PAYLOAD_BYTES
 from contracts.freshness import token
 from contracts.refusals import invalid_request, poll_not_found
-from runtime.postgres import POOL_SECONDS, queries
+from runtime.postgres import queries
 from runtime.serving import apart, violations
 
 sql = queries(__package__)
@@ -52,8 +52,8 @@ class Request(NamedTuple):
 class PollLog:
     """Appends events to polls in the write database, each command once."""
 
-    def __init__(self, pool: asyncpg.Pool) -> None:
-        self._pool = pool
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
 
     async def create(self, request: Request, spec: PollSpec) -> CreatePollResponse:
         """Creates a poll, in state DRAFT."""
@@ -65,7 +65,7 @@ class PollLog:
             log_epoch = await connection.fetchval(sql.insert_poll, poll_id, *columns)
             return CreatePollResponse(poll_id=str(poll_id), consistency_token=token(poll_id, 1, log_epoch))
 
-        return await self._once(request, CreatePollResponse, insert)
+        return await self._once(request, None, CreatePollResponse, insert)
 
     async def change(
         self, request: Request, poll_id: UUID, decide: Decision, response_type: type[ResponseT]
@@ -77,7 +77,7 @@ class PollLog:
             version = await append(connection, locked, decide(locked.poll))
             return response_type(consistency_token=token(poll_id, version, locked.log_epoch))
 
-        return await self._once(request, response_type, command)
+        return await self._once(request, poll_id, response_type, command)
 
     async def request_recount(self, request: Request, poll_id: UUID) -> CertifyPollResponse:
         """Leaves the recount of a closed poll to the caretaker. While one is under way, no other is begun."""
@@ -89,34 +89,35 @@ class PollLog:
             version = await append(connection, locked, change) if begun else locked.version
             return CertifyPollResponse(consistency_token=token(poll_id, version, locked.log_epoch))
 
-        return await self._once(request, CertifyPollResponse, command)
+        return await self._once(request, poll_id, CertifyPollResponse, command)
 
     async def _once(
         self,
         request: Request,
+        poll_id: UUID | None,
         response_type: type[ResponseT],
         command: Callable[[asyncpg.Connection], Awaitable[ResponseT]],
     ) -> ResponseT:
-        async with (
-            timeout(COMMAND_SECONDS),
-            self._pool.acquire(timeout=POOL_SECONDS) as connection,
-            connection.transaction(),
-        ):
+        async def run(connection: asyncpg.Connection) -> ResponseT:
             if request.request_id is None:
                 return await command(connection)
-            # A repeat that comes while the first call is under way waits here for the first one's answer.
+            # A repeat at another server that comes while the first call is under way waits here for its answer.
             # Below zero, where no other lock is: a caller, who chooses the id, must not hold what others wait for.
             await connection.execute(sql.lock_request, ~(int.from_bytes(request.request_id.bytes[:8]) >> 1))
             known = await connection.fetchrow(sql.find_request, request.request_id)
             if known is not None:
                 if known["fingerprint"] != request.fingerprint:
                     raise invalid_request({"request_id": "was used before, for another command"})
-                return response_type.FromString(known["response"])
+                answer: ResponseT = response_type.FromString(known["response"])
+                return answer
             response = await command(connection)
             await connection.execute(
                 sql.remember_request, request.request_id, request.fingerprint, response.SerializeToString()
             )
             return response
+
+        names = [(kind, name) for kind, name in (("request", request.request_id), ("poll", poll_id)) if name]
+        return await self._turns.take(names, run, COMMAND_SECONDS)
 
 
 class Locked(NamedTuple):

@@ -59,14 +59,24 @@ SELECT version FROM poll
 -- find_poll: what taking votes, and registering voters, needs to know of a poll
 SELECT poll_no, state, spec FROM polls WHERE poll_id = $1
 
--- poll_state: why a poll takes no votes
-SELECT state FROM polls WHERE poll_no = $1
+-- poll_states: why polls take no votes
+SELECT poll_no, state FROM polls WHERE poll_no = ANY ($1::integer[])
+
+-- look_at_polls: how far polls are, and whether no other transaction has locked them
+WITH unlocked AS MATERIALIZED (
+    SELECT poll_no FROM polls WHERE poll_no = ANY ($1::integer[]) FOR NO KEY UPDATE SKIP LOCKED
+)
+SELECT poll_no, version, poll_no IN (SELECT poll_no FROM unlocked) AS unlocked
+FROM polls WHERE poll_no = ANY ($1::integer[])
 
 -- record_votes: a small batch of new votes with its event, in one round trip
 SELECT version, recorded_at, log_epoch FROM record_votes($1, $2, $3, $4, $5)
 
 -- record_keyed_votes: the same, where some votes came with an idempotency key
 SELECT version, recorded_at, log_epoch FROM record_keyed_votes($1, $2, $3, $4, $6, $5)
+
+-- record_small_batches: small batches of new votes of several polls with their events, in one round trip
+SELECT batch_id, outcome, version, recorded_at, log_epoch FROM record_small_batches($1, $2, $3, $4, $5, $6, $7)
 
 -- log_votes: the event of a batch whose votes are inserted already
 SELECT version, recorded_at, log_epoch FROM record_votes($1, $2, '{}', '{}', $3)
@@ -116,13 +126,42 @@ SELECT pg_try_advisory_lock($1)
 
 -- due_polls: drafts whose opens_at, and open polls whose closes_at has passed; the most overdue first, and none of those
 -- that are left alone
-SELECT poll_id, opens_at AS due_at FROM polls
-WHERE state = 'DRAFT' AND opens_at <= clock_timestamp() AND (closes_at IS NULL OR closes_at > clock_timestamp())
+SELECT poll_id, poll_no, opens_at AS due_at FROM polls
+WHERE state = 'DRAFT' AND opens_at <= statement_timestamp() AND (closes_at IS NULL OR closes_at > statement_timestamp())
     AND poll_id <> ALL ($1::uuid[])
 UNION ALL
-SELECT poll_id, closes_at FROM polls
-WHERE state = 'OPEN' AND closes_at <= clock_timestamp() AND poll_id <> ALL ($1::uuid[])
-ORDER BY due_at LIMIT 100
+SELECT poll_id, poll_no, closes_at FROM polls
+WHERE state = 'OPEN' AND closes_at <= statement_timestamp() AND poll_id <> ALL ($1::uuid[])
+ORDER BY due_at LIMIT $2
+
+-- advance_polls: opens and closes those of these polls that are due, each with its event; but none that is locked. What is
+-- due is looked at again, under the lock: a command may have been faster
+WITH due AS MATERIALIZED (
+    SELECT poll_no, state FROM polls
+    WHERE poll_no = ANY ($1::integer[])
+        AND (
+            state = 'DRAFT' AND opens_at <= statement_timestamp()
+            AND (closes_at IS NULL OR closes_at > statement_timestamp())
+            OR state = 'OPEN' AND closes_at <= statement_timestamp()
+        )
+    ORDER BY poll_no
+    FOR NO KEY UPDATE SKIP LOCKED
+), poll AS (
+    UPDATE polls
+    SET state = CASE due.state WHEN 'DRAFT' THEN 'OPEN' ELSE 'CLOSED' END, version = polls.version + 1,
+        recorded_at = greatest(polls.recorded_at, clock_timestamp())
+    FROM due WHERE polls.poll_no = due.poll_no
+    RETURNING polls.poll_id, polls.poll_no, polls.state, polls.version, polls.recorded_at
+), logged AS (
+    INSERT INTO events (poll_no, version, recorded_at, payload)
+    SELECT poll_no, version, recorded_at, CASE state WHEN 'OPEN' THEN $2::bytea ELSE $3::bytea END FROM poll
+), queued AS (
+    INSERT INTO outbox (poll_no, version) SELECT poll_no, version FROM poll
+)
+SELECT poll_id, state FROM poll
+
+-- is_unlocked: whether no other transaction has locked a poll
+SELECT true FROM polls WHERE poll_no = $1 FOR NO KEY UPDATE SKIP LOCKED
 
 -- request_recount: leaves the recount of a poll to whoever does recounts; one at a time for each poll
 INSERT INTO recounts (poll_no) VALUES ($1) ON CONFLICT DO NOTHING RETURNING true

@@ -1,6 +1,6 @@
 """The electoral roll: who may vote in a poll, and with which weight."""
 
-from asyncio import timeout
+import asyncio
 from collections.abc import Mapping
 from typing import NamedTuple
 from uuid import UUID
@@ -10,12 +10,14 @@ import asyncpg
 from command_server.ballots import ballot_key
 from command_server.poll import register_voters
 from command_server.poll_log import append, lock
+from command_server.turns import Turns
 from contracts.refusals import poll_not_found
-from runtime.postgres import POOL_SECONDS, queries
+from runtime.postgres import queries
 
 sql = queries(__package__)
 
 _REGISTER_SECONDS = 30.0
+_CONNECTIONS = 2
 
 
 class Registered(NamedTuple):
@@ -31,17 +33,16 @@ class Registered(NamedTuple):
 class Roll:
     """Registers voters in the write database."""
 
-    def __init__(self, pool: asyncpg.Pool) -> None:
-        self._pool = pool
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+        # Large batches of voters take long, so they do not get all connections.
+        self._connections = asyncio.Semaphore(_CONNECTIONS)
 
     async def register(self, poll_id: UUID, weights: Mapping[bytes, int]) -> Registered:
         """Adds voters (voter key → weight) with an event that counts them. Those on the roll keep their weight."""
         keys = sorted(weights)
-        async with (
-            timeout(_REGISTER_SECONDS),
-            self._pool.acquire(timeout=POOL_SECONDS) as connection,
-            connection.transaction(),
-        ):
+
+        async def add(connection: asyncpg.Connection) -> Registered:
             poll = await connection.fetchrow(sql.find_poll, poll_id)
             if poll is None:
                 raise poll_not_found(poll_id)
@@ -53,3 +54,5 @@ class Roll:
             change = register_voters(len(rows), sum(row["weight"] for row in rows))(locked.poll)
             version = await append(connection, locked, change) if rows else locked.version
             return Registered(len(rows), others, version, locked.log_epoch)
+
+        return await self._turns.take([("poll", poll_id)], add, _REGISTER_SECONDS, self._connections)

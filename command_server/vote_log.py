@@ -81,14 +81,32 @@ class Batch:
         self.all_new = not poll.has_roll
         # Whether an attempt failed, and may have taken effect all the same.
         self.unsure = False
-        # What became of it: one of these.
-        self.verdicts: Verdicts | None = None
+        # Whether its ballots have their verdicts, or else what another transaction holds: nothing more is tried.
+        self.recorded = False
         self.lock: Lock | None = None
 
     @property
     def settled(self) -> bool:
         """Whether there is nothing more to try."""
-        return self.verdicts is not None or self.lock is not None
+        return self.recorded or self.lock is not None
+
+    def settle(self, verdicts: Verdicts) -> None:
+        """Tells the callers what became of their ballots."""
+        self.recorded = True
+        start = 0
+        for piece in self.pieces:
+            piece.submission.settle(piece, verdicts.part(start, len(piece.ballots)))
+            start += len(piece.ballots)
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the callers that nobody knows what became of their ballots."""
+        for piece in self.pieces:
+            piece.submission.fail(error)
+
+    @property
+    def changes(self) -> bool:
+        """Whether its votes may take the place of earlier ones."""
+        return self.poll.spec.allow_vote_change and self.poll.state == OPEN and not self.all_new
 
     def drop_gone(self, now: float) -> None:
         """Leaves the ballots out whose callers wait no longer."""
@@ -121,7 +139,7 @@ class VoteLog:
         self._random = Random(secrets.token_bytes(32))
 
     async def record(self, batches: Sequence[Batch]) -> None:
-        """Tries until each batch has its verdicts, or is found locked, or patience ends: then it raises why.
+        """Tries until each batch is settled, or patience ends: then it raises why. The polls are different ones.
 
         Whether a failed attempt took effect is unknown; the next one finds out by the batch_id.
         """
@@ -136,8 +154,8 @@ class VoteLog:
                 until = min(loop.time() + ATTEMPT_SECONDS, started + PATIENCE_SECONDS)
                 async with asyncio.timeout_at(until), self._connection() as connection:
                     for batch in waiting:
-                        if batch.unsure:
-                            batch.verdicts = await self._recorded_unseen(connection, batch)
+                        if batch.unsure and (unseen := await self._recorded_unseen(connection, batch)):
+                            batch.settle(unseen)
                     await self._attempt(connection, [batch for batch in waiting if not batch.settled])
             except asyncpg.UniqueViolationError as error:
                 # The latter where a failed attempt takes effect only now, and others' votes have replaced some of it.
@@ -147,13 +165,19 @@ class VoteLog:
                     self._expect_repeats(batch)
             except (*UNAVAILABLE, asyncpg.DeadlockDetectedError) as error:
                 _failures.inc()
-                votes = sum(len(batch.ballots) for batch in waiting)
+                votes = sum([len(batch.ballots) for batch in waiting])
                 log.warning("commit failed", error=repr(error), votes=votes, failures=backoff.failures + 1)
                 if loop.time() >= started + PATIENCE_SECONDS:
                     raise
                 for batch in waiting:
                     batch.unsure = True
                 await backoff.wait()
+
+    async def look_at(self, poll_nos: Sequence[int]) -> dict[int, tuple[int, bool]]:
+        """poll_no → the poll's version, and whether no other transaction has locked it."""
+        async with asyncio.timeout(ATTEMPT_SECONDS), self._connection() as connection:
+            rows = await connection.fetch(sql.look_at_polls, poll_nos)
+        return {row["poll_no"]: (row["version"], row["unlocked"]) for row in rows}
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[asyncpg.Connection]:
@@ -171,17 +195,19 @@ class VoteLog:
 
     async def _attempt(self, connection: asyncpg.Connection, batches: Sequence[Batch]) -> None:
         """Settles some batches; those that it leaves are tried again."""
-        for batch in batches:
-            if batch.poll.state != OPEN:
-                await self._record_none(connection, batch)
-            elif batch.poll.spec.allow_vote_change and not batch.all_new:
-                await self._replace_some(connection, batch)
-            else:
-                await self._record_first(connection, batch)
+        closed = [batch for batch in batches if batch.poll.state != OPEN]
+        changes = [batch for batch in batches if batch.changes]
+        firsts = [batch for batch in batches if batch.poll.state == OPEN and not batch.changes]
+        if closed:
+            await self._record_none(connection, closed)
+        if firsts:
+            await self._record_first(connection, firsts)
+        for batch in changes:
+            await self._replace_some(connection, batch)
 
     @contextmanager
     def _outcome_of(self, batches: Sequence[Batch]) -> Iterator[None]:
-        """Tells batches, of which none was recorded, why."""
+        """Says of batches that were not recorded together why; of one that is closed or locked."""
         try:
             yield
         except asyncpg.LockNotAvailableError as error:
@@ -204,58 +230,65 @@ class VoteLog:
         self._repeating.add(batch.poll.poll_no)
         batch.all_new = False
 
-    async def _record_first(self, connection: asyncpg.Connection, batch: Batch) -> None:
-        """The first votes of voters, in a poll that takes votes. Where no voter is expected to have one they are tried
+    async def _record_first(self, connection: asyncpg.Connection, batches: Sequence[Batch]) -> None:
+        """The first votes of voters, in polls that take votes. Where no voter is expected to have one they are tried
         at once, else each who has one is left out: the key still decides, and where another batch is faster this one
         fails and is tried again."""
-        if batch.all_new:
-            with self._outcome_of([batch]):
-                batch.verdicts = Verdicts(await self._record_new(connection, batch, batch.ballots), {})
-            return
-        poll, voters = batch.poll, [ballots.voter(ballot) for ballot in batch.ballots]
-        # Of several ballots of one voter the first one counts.
-        first = dict(zip(reversed(voters), reversed(batch.ballots), strict=True))
-        standing = await self._standing(connection, batch, first)
-        if standing or len(first) < len(voters):
-            _duplicates.inc()
-        else:
-            self._repeating.discard(poll.poll_no)
-        weights = await self._weights(connection, poll, first) if poll.has_roll else None
-        eligible = first if weights is None else weights
-        new = {voter: ballot for voter, ballot in first.items() if voter not in standing and voter in eligible}
-        recorded: Recorded | None = None
-        with self._outcome_of([batch]):
-            if new:
-                recorded = await self._record_new(connection, batch, list(new.values()), weights)
-            # Nearly all ballots of a batch are the first of a new voter. Only the others are judged one by one.
-            rest = [index for index, voter in enumerate(voters) if new.pop(voter, None) is None]
-            if recorded:
-                repeated = {voters[index] for index in rest} - standing.keys()
-                again = recorded._replace(already=True)
-                standing |= {v: _Standing.of(first[v], again) for v in repeated if v in eligible}
-            judged = _judge([batch.ballots[index] for index in rest], standing, not_eligible(), already_voted())
-            batch.verdicts = Verdicts(recorded, {index: judged.of(place) for place, index in enumerate(rest)})
+        plain = [(batch, batch.ballots, None) for batch in batches if batch.all_new]
+        checked = await self._check([batch for batch in batches if not batch.all_new], connection)
+        new = plain + [(each.batch, list(each.new.values()), each.weights) for each in checked if each.new]
+        recorded = await self._record_new(connection, new) if new else {}
+        for batch, _, _ in plain:
+            if batch in recorded:
+                batch.settle(Verdicts(recorded[batch], {}))
+        for each in checked:
+            if each.batch in recorded or not each.new:
+                each.batch.settle(each.judge(recorded.get(each.batch)))
 
-    async def _record_new(
-        self,
-        connection: asyncpg.Connection,
-        batch: Batch,
-        new: list[bytes],
-        weights: Mapping[bytes, int] | None = None,
-    ) -> Recorded:
-        """Votes of voters who have none. Fails with UniqueViolationError where one has.
+    async def _check(self, batches: Sequence[Batch], connection: asyncpg.Connection) -> "list[_Checked]":
+        """Finds the voters of each batch who have voted, or who are not on the roll."""
+        if not batches:
+            return []
+        checked = [_Checked(batch) for batch in batches]
+        standing = await self._standing(connection, [(each.batch, each.first) for each in checked])
+        rolls = [(each.batch, each.first) for each in checked if each.batch.poll.has_roll]
+        weights = await self._weights(connection, rolls) if rolls else {}
+        for each in checked:
+            poll = each.batch.poll
+            each.look(standing[poll.poll_no], weights[poll.poll_no] if poll.has_roll else None)
+            if each.has_repeats:
+                _duplicates.inc()
+            else:
+                self._repeating.discard(poll.poll_no)
+        return checked
+
+    async def _record_new(self, connection: asyncpg.Connection, new: "Sequence[_New]") -> dict[Batch, Recorded]:
+        """Ballots of voters who have none, of different polls. What it does not return was not recorded, and its batch
+        says why; it fails with UniqueViolationError where a voter of the only batch has a vote.
 
         They are sorted by key, so that two batches with the same voters wait for each other in one order and never
         deadlock.
         """
-        new = ballots.in_order(new)
+        recorded: dict[Batch, Recorded] = {}
+        with self._outcome_of([batch for batch, _, _ in new]):
+            if len(new) == 1:
+                [(batch, cast, weights)] = new
+                recorded[batch] = await self._record_batch(connection, batch, cast, weights)
+            else:
+                recorded = await self._record_batches(connection, new)
+        return recorded
+
+    async def _record_batch(
+        self, connection: asyncpg.Connection, batch: Batch, cast: list[bytes], weights: Mapping[bytes, int] | None
+    ) -> Recorded:
+        cast = ballots.in_order(cast)
         poll_no, batch_id = batch.poll.poll_no, batch.batch_id
-        payload = Event(votes_cast=ballots.votes_cast(batch_id, new, weights)).SerializeToString()
-        if len(new) <= SMALL_BATCH:
-            columns = _columns(poll_no, new)
-            if ballots.any_keyed(new):
+        payload = Event(votes_cast=ballots.votes_cast(batch_id, cast, weights)).SerializeToString()
+        if len(cast) <= SMALL_BATCH:
+            columns = _columns(poll_no, cast)
+            if ballots.any_keyed(cast):
                 statement = connection.fetchrow(
-                    sql.record_keyed_votes, poll_no, batch_id, *columns, payload, _hashes(new)
+                    sql.record_keyed_votes, poll_no, batch_id, *columns, payload, _hashes(cast)
                 )
             else:
                 statement = connection.fetchrow(sql.record_votes, poll_no, batch_id, *columns, payload)
@@ -264,15 +297,50 @@ class VoteLog:
             async with connection.transaction():
                 await connection.copy_to_table(
                     "votes",
-                    source=_chunks(ballots.copy_rows(poll_no, batch_id, new)),
-                    columns=ballots.copy_columns(new),
+                    source=_chunks(ballots.copy_rows(poll_no, batch_id, cast)),
+                    columns=ballots.copy_columns(cast),
                     format="binary",
                 )
                 row = await connection.fetchrow(sql.log_votes, poll_no, batch_id, payload)
                 failpoint("command.before_commit")
         failpoint("command.after_commit")
-        _count(len(new))
+        _count(len(cast))
         return _recorded(row)
+
+    async def _record_batches(self, connection: asyncpg.Connection, new: "Sequence[_New]") -> dict[Batch, Recorded]:
+        """Small batches of several polls in one transaction, in the order of their polls. A batch with a voter who has
+        a vote, or of a poll that is closed or locked, fails no other."""
+        new = sorted(new, key=lambda one: one[0].poll.poll_no)
+        batch_of: list[int] = []
+        keys: list[UUID] = []
+        choices: list[bytes] = []
+        hashes: list[bytes | None] = []
+        payloads: list[bytes] = []
+        for batch, unordered, weights in new:
+            cast = ballots.in_order(unordered)
+            batch_of += [batch.batch_id] * len(cast)
+            keys += _keys(batch.poll.poll_no, map(ballots.voter, cast))
+            choices += map(ballots.choices, cast)
+            hashes += _hashes(cast)
+            event = Event(votes_cast=ballots.votes_cast(batch.batch_id, cast, weights))
+            payloads.append(event.SerializeToString())
+        numbers, ids = [batch.poll.poll_no for batch, _, _ in new], [batch.batch_id for batch, _, _ in new]
+        rows = await connection.fetch(sql.record_small_batches, numbers, ids, payloads, batch_of, keys, choices, hashes)
+        failpoint("command.after_commit")
+        outcomes = {row["batch_id"]: row for row in rows}
+        recorded = {}
+        for batch, cast, _ in new:
+            row = outcomes[batch.batch_id]
+            if row["outcome"] == "recorded":
+                recorded[batch] = _recorded(row)
+                _count(len(cast))
+            elif row["outcome"] == "repeated":
+                self._expect_repeats(batch)
+            elif row["outcome"] == "locked":
+                batch.lock = Lock.POLL
+            else:
+                self._close(batch)
+        return recorded
 
     async def _replace_some(self, connection: asyncpg.Connection, batch: Batch) -> None:
         """The way of a batch, without repeated voters, in which votes may take the place of earlier ones.
@@ -284,13 +352,15 @@ class VoteLog:
         """
         poll = batch.poll
         if batch.seen is None:
-            batch.seen = _Position(*await connection.fetchrow(sql.poll_position, poll.poll_no))
+            seen = _Position(*await connection.fetchrow(sql.poll_position, poll.poll_no))
+            # Only what was done wholly is done: an attempt may end here.
             await self._drop_gone(batch)
+            batch.seen = seen
         if not batch.ballots:
-            batch.verdicts = Verdicts(None, {})
+            batch.settle(Verdicts(None, {}))
             return
         mine = {ballots.voter(ballot): ballot for ballot in batch.ballots}
-        weights = await self._weights(connection, poll, mine) if poll.has_roll else None
+        weights = (await self._weights(connection, [(batch, mine)]))[poll.poll_no] if poll.has_roll else None
         eligible = mine if weights is None else weights
         candidates = sorted(mine[key] for key in eligible)
         with self._outcome_of([batch]):
@@ -302,12 +372,11 @@ class VoteLog:
                 written = {ballots.voter_of(row["ballot_key"]): row["replaced"] for row in rows}
                 # Those that stay are locked too: nobody changes them before this is read.
                 unchanged = [key for key in eligible if key not in written]
-                standing = await self._standing(connection, batch, unchanged) if unchanged else {}
-                if not written and batch.unsure:
+                standing = (await self._standing(connection, [(batch, unchanged)]))[poll.poll_no] if unchanged else {}
+                if not written and batch.unsure and (unseen := await self._recorded_unseen(connection, batch)):
                     # An attempt that took effect only now left nothing to write, and its votes may have been replaced.
-                    batch.verdicts = await self._recorded_unseen(connection, batch)
-                    if batch.verdicts:
-                        return
+                    batch.settle(unseen)
+                    return
                 if written:
                     replaced = {key: choices for key, choices in written.items() if choices is not None}
                     cast = sorted(mine[key] for key in written)
@@ -321,7 +390,10 @@ class VoteLog:
                     failpoint("command.before_commit")
             failpoint("command.after_commit")
             _count(len(written))
-            batch.verdicts = _judge(batch.ballots, standing, not_eligible(), vote_conflict())
+            conflict = vote_conflict()
+            verdicts = _judge(batch.ballots, standing, not_eligible(), conflict)
+            _conflicts.inc(sum(verdict is conflict for verdict in verdicts.others.values()))
+            batch.settle(verdicts)
 
     async def _drop_gone(self, batch: Batch) -> None:
         loop = asyncio.get_running_loop()
@@ -329,18 +401,21 @@ class VoteLog:
             await asyncio.sleep(_READ_SECONDS)
         batch.drop_gone(loop.time())
 
-    async def _record_none(self, connection: asyncpg.Connection, batch: Batch) -> None:
-        """The way of a batch for a poll that is not open: only repeats of recorded votes are not refused."""
-        poll = batch.poll
-        state = await connection.fetchval(sql.poll_state, poll.poll_no)
-        mine = {ballots.voter(ballot): ballot for ballot in batch.ballots}
-        standing = await self._standing(connection, batch, mine)
-        if poll.spec.allow_vote_change:
-            # Anything but a repeat would be no second vote, only a late one.
-            standing = {key: vote for key, vote in standing.items() if vote.is_repeated_by(mine[key])}
-        batch.verdicts = _judge(
-            batch.ballots, standing, not_open(poll.state if state == OPEN else state), already_voted()
-        )
+    async def _record_none(self, connection: asyncpg.Connection, batches: Sequence[Batch]) -> None:
+        """The way of batches for polls that are not open: only repeats of recorded votes are not refused."""
+        rows = await connection.fetch(sql.poll_states, [batch.poll.poll_no for batch in batches])
+        states = {row["poll_no"]: row["state"] for row in rows}
+        mine = {batch: {ballots.voter(ballot): ballot for ballot in batch.ballots} for batch in batches}
+        standing = await self._standing(connection, list(mine.items()))
+        for batch in batches:
+            poll, votes = batch.poll, standing[batch.poll.poll_no]
+            if poll.spec.allow_vote_change:
+                # Anything but a repeat would be no second vote, only a late one.
+                cast = mine[batch]
+                votes = {v: vote for v, vote in votes.items() if v in cast and vote.is_repeated_by(cast[v])}
+            state = states[poll.poll_no]
+            refusal = not_open(poll.state if state == OPEN else state)
+            batch.settle(_judge(batch.ballots, votes, refusal, already_voted()))
 
     async def _recorded_unseen(self, connection: asyncpg.Connection, batch: Batch) -> Verdicts | None:
         """What became of a batch, if an attempt that seemed to fail took effect. Its event tells, not only the votes:
@@ -349,7 +424,7 @@ class VoteLog:
         if row is None:
             return None
         first = {ballots.voter(ballot): ballot for ballot in reversed(batch.ballots)}
-        standing = await self._standing(connection, batch, first)
+        standing = (await self._standing(connection, [(batch, first)]))[batch.poll.poll_no]
         recorded = _recorded(row)
         if batch.seen and recorded.position == (batch.seen.log_epoch, batch.seen.version + 1):
             # What the attempt left out was a repeat then, whatever stands now: nothing came between.
@@ -360,22 +435,78 @@ class VoteLog:
         changes = batch.poll.spec.allow_vote_change
         return _judge(batch.ballots, standing, not_eligible(), vote_conflict() if changes else already_voted())
 
-    async def _weights(self, connection: asyncpg.Connection, poll: Poll, voters: Iterable[bytes]) -> dict[bytes, int]:
-        """The weights of those voters who are on the roll. They stay: nobody is ever taken off a roll."""
-        rows = await connection.fetch(sql.find_weights, _keys(poll.poll_no, voters))
-        return {ballots.voter_of(row["ballot_key"]): row["weight"] for row in rows}
+    async def _weights(
+        self, connection: asyncpg.Connection, voters: "Sequence[_Voters]"
+    ) -> dict[int, dict[bytes, int]]:
+        """poll_no → voter → the weight of each of these voters who is on the roll. It stays: nobody is ever taken off a
+        roll."""
+        rows = await connection.fetch(sql.find_weights, _keys_of(voters))
+        weights: dict[int, dict[bytes, int]] = {batch.poll.poll_no: {} for batch, _ in voters}
+        for row in rows:
+            poll_no, voter = ballots.poll_and_voter_of(row["ballot_key"])
+            weights[poll_no][voter] = row["weight"]
+        return weights
 
     async def _standing(
-        self, connection: asyncpg.Connection, batch: Batch, voters: Iterable[bytes]
-    ) -> "dict[bytes, _Standing]":
-        """The recorded votes of these voters; those of the batch itself are not `already` recorded."""
-        rows = await connection.fetch(sql.find_votes, _keys(batch.poll.poll_no, voters))
-        standing = {}
+        self, connection: asyncpg.Connection, voters: "Sequence[_Voters]"
+    ) -> "dict[int, dict[bytes, _Standing]]":
+        """poll_no → voter → the recorded vote of each of these voters; those of a batch itself are not `already`
+        recorded."""
+        rows = await connection.fetch(sql.find_votes, _keys_of(voters))
+        standing: dict[int, dict[bytes, _Standing]] = {batch.poll.poll_no: {} for batch, _ in voters}
+        own = {batch.batch_id for batch, _ in voters}
         for row in rows:
-            recorded = _recorded(row, already=row["batch_id"] != batch.batch_id)
-            vote = _Standing(row["choices"], row["idempotency_hash"], recorded)
-            standing[ballots.voter_of(row["ballot_key"])] = vote
+            poll_no, voter = ballots.poll_and_voter_of(row["ballot_key"])
+            recorded = _recorded(row, already=row["batch_id"] not in own)
+            standing[poll_no][voter] = _Standing(row["choices"], row["idempotency_hash"], recorded)
         return standing
+
+
+# Ballots of voters without a vote, with the weights of voters where they are on a roll.
+_New = tuple[Batch, list[bytes], Mapping[bytes, int] | None]
+# Voters of a batch's poll.
+_Voters = tuple[Batch, Iterable[bytes]]
+
+
+class _Checked:
+    """A batch of which some voters may have voted before, or twice in it, or have to be on the roll."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self._voters = [ballots.voter(ballot) for ballot in batch.ballots]
+        # Of several ballots of one voter the first one counts.
+        self.first = dict(zip(reversed(self._voters), reversed(batch.ballots), strict=True))
+        self.weights: Mapping[bytes, int] | None = None
+        # The ballots of eligible voters who have no vote.
+        self.new: dict[bytes, bytes] = {}
+        self._standing: dict[bytes, _Standing] = {}
+
+    def look(self, standing: "dict[bytes, _Standing]", weights: Mapping[bytes, int] | None) -> None:
+        """Says which votes stand, and who is on the roll if there is one."""
+        self._standing, self.weights = standing, weights
+        eligible = self._eligible
+        self.new = {v: ballot for v, ballot in self.first.items() if v not in standing and v in eligible}
+
+    @property
+    def _eligible(self) -> Mapping[bytes, object]:
+        return self.first if self.weights is None else self.weights
+
+    @property
+    def has_repeats(self) -> bool:
+        """Whether a voter has voted before, or twice."""
+        return bool(self._standing) or len(self.first) < len(self._voters)
+
+    def judge(self, recorded: Recorded | None) -> Verdicts:
+        """What became of each ballot, once the new ones are recorded."""
+        # Nearly all ballots of a batch are the first of a new voter. Only the others are judged one by one.
+        new, standing = self.new, self._standing
+        rest = [index for index, voter in enumerate(self._voters) if new.pop(voter, None) is None]
+        if recorded:
+            repeated = {self._voters[index] for index in rest} - standing.keys()
+            again, eligible = recorded._replace(already=True), self._eligible
+            standing |= {v: _Standing.of(self.first[v], again) for v in repeated if v in eligible}
+        judged = _judge([self.batch.ballots[index] for index in rest], standing, not_eligible(), already_voted())
+        return Verdicts(recorded, {index: judged.of(place) for place, index in enumerate(rest)})
 
 
 class _Standing(NamedTuple):
@@ -433,6 +564,10 @@ def _columns(poll_no: int, batch: list[bytes]) -> tuple[list[UUID], list[bytes]]
 
 def _hashes(batch: list[bytes]) -> list[bytes | None]:
     return [ballots.idempotency_hash(ballot) for ballot in batch]
+
+
+def _keys_of(voters: Sequence[_Voters]) -> list[UUID]:
+    return [ballots.ballot_key(batch.poll.poll_no, voter) for batch, some in voters for voter in some]
 
 
 def _keys(poll_no: int, voters: Iterable[bytes]) -> list[UUID]:

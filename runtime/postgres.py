@@ -63,13 +63,14 @@ async def connect_pool(
     application: str,
     read_only: bool = False,
     schema: str = "public",
+    lock_seconds: float = 0,
     check: Callable[[asyncpg.Connection], Awaitable[None]] | None = None,
 ) -> asyncpg.Pool:
     """A pool of up to `size` connections that is made even while the server is away; statements take 30 s at most.
 
     Of several servers in the DSN it uses the primary, or if `read_only` the standbys where there are some. A connection
     whose server turns out not to be the primary is closed when it comes back. A new one that `check` raises for is not
-    used.
+    used. A statement that waits for a lock for `lock_seconds` fails with LockNotAvailableError; 0: it waits.
     """
     settings = {
         "application_name": application,
@@ -77,6 +78,7 @@ async def connect_pool(
         "statement_timeout": "30s",
         # A transaction whose client vanished must not keep its locks.
         "idle_in_transaction_session_timeout": "10s",
+        "lock_timeout": f"{round(lock_seconds * 1000)}ms",
     }
     if read_only:
         settings["default_transaction_read_only"] = "on"

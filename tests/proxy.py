@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from urllib.parse import urlsplit, urlunsplit
 
 
 class Proxy:
@@ -63,6 +64,12 @@ class Proxy:
                 writer.write(data)
                 await writer.drain()
         writer.close()
+
+
+def through(dsn: str, port: int) -> str:
+    """The same database by another port."""
+    url = urlsplit(dsn)
+    return urlunsplit(url._replace(netloc=f"{url.netloc.rpartition(':')[0]}:{port}"))
 
 
 @asynccontextmanager

@@ -13,6 +13,7 @@ from hashlib import blake2b
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -35,6 +36,7 @@ from runtime.embedded import Stores, free_port
 from runtime.postgres import MIGRATION_LOCK
 from runtime.serving import MAX_REQUEST_BYTES, violations
 from tests.processes import service
+from tests.proxy import proxy, through
 from tests.servers import VOTER_SECRET, command_channel, command_server, refused, sql, vote_rows
 
 if TYPE_CHECKING:
@@ -646,26 +648,28 @@ async def test_a_full_queue_refuses_a_vote_and_holds_a_stream(
 
 
 async def test_what_no_commit_takes_in_time_is_refused_while_all_committers_are_busy(
-    server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
+    write_dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ballot_queue, "BATCH_BALLOTS", 30)
-    polls = [await open_poll(server) for _ in range(4)]
-    *busy, other = polls
-    connection = await asyncpg.connect(write_dsn)
-    async with connection.transaction():
-        await connection.execute("SELECT FROM polls FOR UPDATE")
-        voters = [f"voter-{n}" for n in range(100)]
+    port = urlsplit(write_dsn).port
+    assert port
+    async with proxy(port) as network, command_server(through(write_dsn, network.port)) as server:
+        polls = [await open_poll(server) for _ in range(ballot_box.COMMITTERS + 1)]
+        for poll_id in polls:
+            await server.CastVote(vote(poll_id, "first", "mon"))
+        *busy, other = polls
+        network.silence()
+        # More than share a commit.
+        voters = [f"voter-{n}" for n in range(ballot_queue.SMALL_BATCH + 1)]
         streams = [asyncio.create_task(cast(server, batch(p, *((v, "mon") for v in voters)))) for p in busy]
-        while await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted") < ballot_box.COMMITTERS:
+        while ballot_box._waiting._value.get() < len(busy) * len(voters):
             await asyncio.sleep(0.01)
         monkeypatch.setattr(ballot_box, "WAIT_SECONDS", 0.2)
         refusal = await refused(server.CastVote(vote(other, "ada", "mon"), timeout=5))
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE")
-    await connection.close()
-    # Of the polls that were served, at least one had a part of its votes in a commit: it is not given up.
-    answers = await asyncio.gather(*streams, return_exceptions=True)
-    assert sum(isinstance(answer, list) and answer[0].accepted == 100 for answer in answers) >= 1
-    assert (await read_log(write_dsn, other)).rows == 0
+        await network.restore()
+        # A commit of theirs had begun: they are not given up.
+        assert [answer[0].accepted for answer in await asyncio.gather(*streams)] == [len(voters)] * len(busy)
+        assert (await read_log(write_dsn, other)).rows == 1
 
 
 async def _raise(error: BaseException) -> None:

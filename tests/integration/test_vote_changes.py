@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import asyncpg
 import grpc
@@ -20,11 +20,12 @@ from tally.poll.v1.poll_pb2 import VOTING_METHOD_SINGLE_CHOICE, PollOption, Poll
 from command_server import vote_log
 from command_server.ballot_box import BallotBox
 from command_server.ballot_queue import Recorded
-from command_server.ballots import ballot_key, marking
+from command_server.ballots import ballot_key, keyed, marking
 from command_server.polls import Poll, Polls
 from command_server.vote_log import VoteLog
+from contracts.voters import IDEMPOTENCY_BYTES
 from runtime import postgres
-from tests.proxy import Proxy, proxy
+from tests.proxy import Proxy, proxy, through
 from tests.servers import command_server, refused, sql, vote_rows
 
 if TYPE_CHECKING:
@@ -38,12 +39,6 @@ SPEC = PollSpec(
     options=[PollOption(option_id=f"o{n}", label=f"Option {n}") for n in range(OPTIONS)],
     allow_vote_change=True,
 )
-
-
-def through(dsn: str, port: int) -> str:
-    """The same database by another port."""
-    url = urlsplit(dsn)
-    return urlunsplit(url._replace(netloc=f"{url.netloc.rpartition(':')[0]}:{port}"))
 
 
 async def open_poll(dsn: str) -> str:
@@ -66,7 +61,7 @@ async def station(dsn: str) -> AsyncIterator[Station]:
     port = urlsplit(dsn).port
     assert port
     async with proxy(port) as network:
-        pool = await postgres.connect_pool(through(dsn, network.port), size=6, application="station")
+        pool = await postgres.connect_pool(through(dsn, network.port), size=6, application="station", lock_seconds=0.1)
         box = BallotBox(VoteLog(pool, Polls(pool)))
         running = asyncio.create_task(box.run())
         try:
@@ -79,7 +74,8 @@ async def station(dsn: str) -> AsyncIterator[Station]:
 
 @dataclass
 class Voter:
-    """Keeps to the contract: repeats a vote, at any station, until it is acknowledged; then sends the next one."""
+    """Keeps to the contract: repeats a vote with its idempotency key, at any station, until it is acknowledged; then
+    sends the next one."""
 
     key: bytes
     chance: Random
@@ -89,12 +85,13 @@ class Voter:
 
     async def vote(self, poll: Poll, stations: list[Station], choices: list[int]) -> None:
         for choice in choices:
+            ballot = self.key + marking([choice]) + keyed(self.chance.randbytes(IDEMPOTENCY_BYTES))
             while self.acknowledged != choice:
                 self.calls += 1
                 try:
                     async with asyncio.timeout(self.chance.uniform(0.02, 0.4)):
                         box = self.chance.choice(stations).box
-                        verdict = (await box.cast(poll, self.key + marking([choice]))).of(0)
+                        verdict = (await box.cast(poll, ballot)).of(0)
                 except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
                     continue
                 if isinstance(verdict, Recorded):
@@ -204,7 +201,8 @@ async def test_of_two_votes_at_one_moment_the_one_that_finds_the_other_is_told(
     async with command_server(write_dsn) as one, command_server(write_dsn) as two:
 
         def vote(option: str, voter: str = "ada") -> pb.CastVoteRequest:
-            return pb.CastVoteRequest(poll_id=poll_id, voter_id=voter, option_ids=[option])
+            key = f"the key of {option} of {voter}"
+            return pb.CastVoteRequest(poll_id=poll_id, voter_id=voter, option_ids=[option], idempotency_key=key)
 
         await one.CastVote(vote("o1"))
         await one.CastVote(vote("o1", "bob"))
@@ -229,3 +227,40 @@ async def test_of_two_votes_at_one_moment_the_one_that_finds_the_other_is_told(
         assert (answer.accepted, [(r.index, r.reason) for r in answer.rejections]) == (1, [(0, CONFLICT)])
         assert not elsewhere
         assert (await one.CastVote(vote("o5"))).already_recorded, "the vote that stands can be repeated"
+
+
+async def test_an_attempt_that_ends_before_it_is_known_who_waits_does_not_count(
+    write_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poll_id = await open_poll(write_dsn)
+    async with command_server(write_dsn) as one, command_server(write_dsn) as two:
+        await unary(one, poll_id, "o1")
+        [poll] = await sql(write_dsn, "SELECT poll_no FROM polls WHERE poll_id = $1::text::uuid", poll_id)
+        request = pb.CastVoteRequest(poll_id=poll_id, voter_id="ada", option_ids=["o2"])
+        call = one.CastVote(request)
+        attempt, drop, ended = VoteLog._attempt, VoteLog._drop_gone, False
+        first: VoteLog | None = None
+
+        async def late(votes: VoteLog, connection: asyncpg.Connection, batches: list[vote_log.Batch]) -> None:
+            nonlocal first
+            if batches[0].changes and not first:
+                first = votes
+                call.cancel()
+                await unary(two, poll_id, "o3")
+            await attempt(votes, connection, batches)
+
+        async def end(votes: VoteLog, batch: vote_log.Batch) -> None:
+            nonlocal ended
+            if votes is first and not ended:
+                ended = True
+                raise TimeoutError
+            await drop(votes, batch)
+
+        monkeypatch.setattr(VoteLog, "_attempt", late)
+        monkeypatch.setattr(VoteLog, "_drop_gone", end)
+        with suppress(asyncio.CancelledError):
+            await call
+        await one.CastVote(pb.CastVoteRequest(poll_id=poll_id, voter_id="eve", option_ids=["o1"]), timeout=10)
+        choices = [int.from_bytes(row) for row in (await vote_rows(write_dsn, poll["poll_no"])).values()]
+        assert sorted(choices) == [1, 3]
+        assert ended
