@@ -57,7 +57,7 @@ SELECT EXISTS (SELECT FROM outbox WHERE outbox_id = $1)
 
 -- queue_again: events of a locked poll, in order, and in any case its latest one, which is the last on the stream then as
 -- before. Also those that wait already: only then the new rows, which come behind all others of the poll, hold every
--- version up to its head, and whoever missed some needs no second attempt.
+-- version up to its head, and a reader that missed some needs no second attempt.
 WITH queued AS (
     INSERT INTO outbox (poll_no, version, again)
     SELECT poll_no, version, true FROM events

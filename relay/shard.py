@@ -34,7 +34,7 @@ _SHORTEST_PAUSE_SECONDS = 0.002
 _LONGEST_PAUSE_SECONDS = 0.020
 # How often it is said that something is to be changed by an operator.
 _REFUSAL_SECONDS = 10.0
-# Of so many polls it is known which version was published last.
+# The most polls of which a session remembers the version that it published last.
 _REMEMBERED_POLLS = 10_000
 # A session that lasted this long was a good one: the next pause is a short one.
 _GOOD_SESSION_SECONDS = 10.0

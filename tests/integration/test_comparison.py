@@ -1,4 +1,4 @@
-"""The comparison of the stream with the log: continuous, complete, and nobody waits for it."""
+"""The comparison of the stream with the log: continuous, complete, and no vote waits for it."""
 
 from __future__ import annotations
 

@@ -224,7 +224,7 @@ def folder() -> Iterable[Path]:
         yield Path(folder)
 
 
-async def test_a_base_backup_is_restored_while_all_services_run_and_nobody_announces_it(
+async def test_a_base_backup_is_restored_unannounced_while_all_services_run(
     folder: Path, read_dsn: str, nats_url: str, redis_url: str
 ) -> None:
     async with write_server(folder) as server:
