@@ -3,7 +3,8 @@
 import asyncio
 import re
 from collections.abc import Awaitable, Callable
-from importlib.resources import files
+from hashlib import sha256
+from importlib.resources import files as package_files
 from importlib.resources.abc import Traversable
 from types import SimpleNamespace
 from typing import TypeVar
@@ -52,7 +53,7 @@ _KEEPALIVE = {"tcp_keepalives_idle": "30", "tcp_keepalives_interval": "10", "tcp
 
 def queries(package: str, name: str = "queries.sql") -> SimpleNamespace:
     """The SQL blocks of a file beside the code that runs them. A block begins with `-- name: what it is for`."""
-    parts = _BLOCK.split((files(package) / name).read_text())
+    parts = _BLOCK.split((package_files(package) / name).read_text())
     return SimpleNamespace(**{block: sql.strip() for block, sql in zip(parts[1::2], parts[2::2], strict=True)})
 
 
@@ -126,6 +127,10 @@ async def check_durability(connection: asyncpg.Connection) -> None:
             log.error("the database is not durable: acknowledged changes can be lost", setting=setting, value=value)
 
 
+class Edited(asyncpg.InterfaceError):  # type: ignore[misc]
+    """A migration is not what it was when it was applied: two databases of one version would differ."""
+
+
 class TooOld(asyncpg.InterfaceError):  # type: ignore[misc]
     """A server lacks what these schemas need; the message says which version has it."""
 
@@ -135,7 +140,8 @@ async def migrate(dsn: str, folder: Traversable, schema: str = "public", *, vers
 
     The schema is made where it is missing. Safe to run from several processes at once, and again after a crash.
     Raises TimeoutError where somebody else holds the lock for more than a minute; a migration may take any time. Raises
-    TooOld, and changes nothing, where the server's major version is below `version`.
+    TooOld, and changes nothing, where the server's major version is below `version`; Edited where a file is not the one
+    that was applied.
     """
     connection = await connect_primary(dsn, timeout=10, server_settings=_KEEPALIVE | {"search_path": schema})
     try:
@@ -154,15 +160,27 @@ async def migrate(dsn: str, folder: Traversable, schema: str = "public", *, vers
             "CREATE TABLE IF NOT EXISTS schema_migrations"
             " (name text PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())"
         )
-        applied = {row["name"] for row in await connection.fetch("SELECT name FROM schema_migrations")}
-        pending = sorted(
-            (file for file in folder.iterdir() if file.name.endswith(".sql") and file.name not in applied),
-            key=lambda file: file.name,
-        )
-        for file in pending:
+        # Where this column is new, what was applied before is taken for what the files are now.
+        await connection.execute("ALTER TABLE schema_migrations ADD COLUMN IF NOT EXISTS digest text")
+        applied = dict(await connection.fetch("SELECT name, digest FROM schema_migrations"))
+        files = sorted((file for file in folder.iterdir() if file.name.endswith(".sql")), key=lambda file: file.name)
+        for file in files:
+            if applied.get(file.name) not in (None, _digest(file)):
+                raise Edited(f"{file.name} was edited after it was applied here: put it back, and make a new file")
+        pending = [file for file in files if file.name not in applied]
+        for file in files:
             async with connection.transaction():
-                await connection.execute(file.read_text())
-                await connection.execute("INSERT INTO schema_migrations (name) VALUES ($1)", file.name)
+                if file in pending:
+                    await connection.execute(file.read_text())
+                    await connection.execute("INSERT INTO schema_migrations (name) VALUES ($1)", file.name)
+                if applied.get(file.name) is None:
+                    await connection.execute(
+                        "UPDATE schema_migrations SET digest = $2 WHERE name = $1", file.name, _digest(file)
+                    )
         return [file.name for file in pending]
     finally:
         await asyncio.wait_for(connection.close(), 5)
+
+
+def _digest(file: Traversable) -> str:
+    return sha256(file.read_bytes()).hexdigest()

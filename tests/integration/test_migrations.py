@@ -121,3 +121,20 @@ async def test_a_postgres_that_is_too_old_is_refused_in_one_line(
     assert re.fullmatch(
         r"the write database was not migrated: this is Postgres 1\d.*, and Tally needs version 99 or newer here", line
     )
+
+
+async def test_a_migration_that_was_edited_after_it_was_applied_is_refused(write_dsn: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "0001_first.sql", tmp_path / "0002_second.sql"
+    first.write_text("CREATE TABLE made_here ()")
+    assert await postgres.migrate(write_dsn, tmp_path, "edited") == [first.name]
+    # A database of before there were digests: what it has is taken for what the file is now.
+    await sql(write_dsn, "ALTER TABLE edited.schema_migrations DROP COLUMN digest")
+    first.write_text("CREATE TABLE made_here (text text)")
+    assert await postgres.migrate(write_dsn, tmp_path, "edited") == []
+    first.write_text("CREATE TABLE made_here (number int)")
+    second.write_text("CREATE TABLE made_later ()")
+    with pytest.raises(postgres.Edited, match=r"^0001_first\.sql was edited after it was applied here"):
+        await postgres.migrate(write_dsn, tmp_path, "edited")
+    assert await sql(write_dsn, "SELECT to_regclass('edited.made_later')") == [(None,)]
+    first.write_text("CREATE TABLE made_here (text text)")
+    assert await postgres.migrate(write_dsn, tmp_path, "edited") == [second.name]
