@@ -39,8 +39,8 @@ CONNECT_SECONDS = 3.0
 # it, and large polls must not fill the memory.
 _URGENT_PAGE_SECONDS, _PAGE_SECONDS = 0.2, 0.02
 _SMALLEST_PAGE, _LARGEST_PAGE = 20, 1000
-# While nothing is known to be missing, a page is followed by a pause of so many times what it took, and all pages by
-# one of so many seconds.
+# While nothing is known to be missing, a page is followed by a pause of this many times what it took, and all pages by
+# one of this many seconds.
 _PAUSE_FACTOR = 20
 _PAUSE_SECONDS = 5.0
 # How long an event may be on its way through the stream before it is taken from the log.

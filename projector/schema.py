@@ -91,7 +91,7 @@ class Schema:
         raise NotImplementedError
 
     async def set_aside(self, poll_ids: Sequence[str]) -> None:
-        """Only their rows in the table of polls: what else refers to them is found by nobody without these."""
+        """Only their rows in the table of polls: without these, no reader finds what else refers to them."""
         removed = await self._connection.fetch(sql.set_aside.format(polls=self.polls), poll_ids)
         for poll_id, content in removed:
             log.error("the row of a poll was removed", read_model=self.name, poll_id=poll_id, content=content)
