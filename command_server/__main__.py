@@ -76,13 +76,13 @@ async def serve(settings: CommandSettings, stop: asyncio.Event, ready: Callable[
     )
     polls, turns = Polls(pool), Turns(pool)
     box = BallotBox(VoteLog(pool, polls))
-    service = CommandService(PollLog(turns), Roll(turns), polls, box, voters)
+    service = CommandService(PollLog(turns, polls), Roll(turns), polls, box, voters)
 
     server = serving.new_server(share_port=settings.worker)
     serving.add_service(server, add_CommandServiceServicer_to_server, service, status_of)
     async with asyncio.TaskGroup() as tasks:
         committing = tasks.create_task(box.run())
-        caring = tasks.create_task(Caretaker(settings.write_dsn, pool).run())
+        caring = tasks.create_task(Caretaker(settings.write_dsn, pool, polls).run())
         guarding = tasks.create_task(guard.run())
         await serving.serve(server, settings.command_listen, [SERVICE], stop, ready)
         caring.cancel()

@@ -39,7 +39,9 @@ PACE_SECONDS = 0.004
 SLOW_COMMIT_SECONDS = 0.02
 # The most ballots that wait: about 100 bytes each, and two more for each choice of an approval. Those of a request are
 # kept until all of them are recorded, so up to twice as many are in memory.
-CAPACITY = 400_000
+CAPACITY = 800_000
+# The most single votes that wait: each is a call, of which gRPC keeps some 25 KiB.
+CALLS = 8_000
 # How long a request may wait for its first commit, and how often it is looked for those that waited longer, in seconds.
 WAIT_SECONDS = 15.0
 LOOK_SECONDS = 1.0
@@ -79,6 +81,8 @@ class BallotBox:
         # Ballots that wait or are being committed, and the event that there are fewer than before.
         self._ballots = 0
         self._fewer = asyncio.Event()
+        # Single votes that wait for their verdicts.
+        self._calls = 0
 
     async def run(self) -> None:
         """Commits until it is cancelled."""
@@ -101,13 +105,29 @@ class BallotBox:
 
         To cancel the future says that its caller has gone; `deadline`, by the loop's clock, that it will have.
         """
-        if self._ballots >= CAPACITY:
+        queue = self._queues.get((poll.poll_no, poll.state))
+        if not self._has_room(poll) or (queue.calls if queue else 0) >= CALLS - self._calls:
             raise Refusal(ErrorReason.ERROR_REASON_OVERLOADED, "too many votes wait to be recorded; try again")
-        return self._submit(poll, [ballot], deadline)
+        verdicts = self._submit(poll, [ballot], deadline)
+        queue = self._queues[poll.poll_no, poll.state]
+        self._calls += 1
+        queue.calls += 1
+
+        def end(_: object) -> None:
+            self._calls -= 1
+            queue.calls -= 1
+
+        verdicts.add_done_callback(end)
+        return verdicts
+
+    def _has_room(self, poll: Poll) -> bool:
+        """Whether a poll may have more ballots wait: no more than there is room left for others."""
+        queue = self._queues.get((poll.poll_no, poll.state))
+        return (queue.ballots if queue else 0) < CAPACITY - self._ballots
 
     async def cast_all(self, poll: Poll, batch: list[bytes], deadline: float = inf) -> "asyncio.Future[Verdicts]":
         """Waits for room, accepts the ballots, and returns the future that says what became of them."""
-        while self._ballots >= CAPACITY:
+        while not self._has_room(poll):
             await self._until_fewer()
         return self._submit(poll, batch, deadline)
 

@@ -174,6 +174,8 @@ class BallotQueue:
     def __init__(self, poll: Poll) -> None:
         self.poll = poll
         self.ballots = 0
+        # Single votes that wait for their verdicts.
+        self.calls = 0
         # How many commits of this poll are under way, and whether it waits for a committer.
         self.committing = 0
         self.offered = False

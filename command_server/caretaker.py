@@ -19,6 +19,7 @@ from tally.poll.v1.poll_pb2 import PollSpec
 
 from command_server.poll import CERTIFIED, CLOSED, certify
 from command_server.poll_log import append, lock
+from command_server.polls import Polls
 from command_server.recount import fold_log, recount_votes
 from runtime.failpoints import failpoint
 from runtime.lifecycle import Backoff, reasons
@@ -62,7 +63,8 @@ _CLOSED = Event(poll_closed=PollClosed()).SerializeToString()
 class Caretaker:
     """Does what is due in all polls, while it leads."""
 
-    def __init__(self, write_dsn: str, pool: "asyncpg.Pool[Any]") -> None:
+    def __init__(self, write_dsn: str, pool: "asyncpg.Pool[Any]", polls: Polls) -> None:
+        self._polls = polls
         self._write_dsn = write_dsn
         self._pool = pool
         # When each poll that failed is tried again.
@@ -129,6 +131,7 @@ class Caretaker:
             numbers = [row["poll_no"] for row in due]
             advanced = await connection.fetch(sql.advance_polls, numbers, _OPENED, _CLOSED)
         for row in advanced:
+            self._polls.changed(row["poll_id"])
             log.info("on time", poll_id=str(row["poll_id"]), state=row["state"])
         left = {row["poll_id"] for row in due} - {row["poll_id"] for row in advanced}
         for poll_id in left:

@@ -13,6 +13,7 @@ from tally.command.v1.command_service_pb2 import CertifyPollResponse, CreatePoll
 from tally.poll.v1.poll_pb2 import PollSpec
 
 from command_server.poll import Change, Decision, Poll, create_poll, look_alikes, request_certification
+from command_server.polls import Polls
 from command_server.turns import Turns
 from contracts.bus import MAX_PAYLOAD_BYTES
 from contracts.freshness import token
@@ -52,8 +53,9 @@ class Request(NamedTuple):
 class PollLog:
     """Appends events to polls in the write database, each command once."""
 
-    def __init__(self, turns: Turns) -> None:
+    def __init__(self, turns: Turns, polls: Polls) -> None:
         self._turns = turns
+        self._polls = polls
 
     async def create(self, request: Request, spec: PollSpec) -> CreatePollResponse:
         """Creates a poll, in state DRAFT."""
@@ -117,7 +119,10 @@ class PollLog:
             return response
 
         names = [(kind, name) for kind, name in (("request", request.request_id), ("poll", poll_id)) if name]
-        return await self._turns.take(names, run, COMMAND_SECONDS)
+        response = await self._turns.take(names, run, COMMAND_SECONDS)
+        if poll_id:
+            self._polls.changed(poll_id)
+        return response
 
 
 class Locked(NamedTuple):

@@ -1,5 +1,6 @@
 """What taking votes needs to know of each poll, kept in memory."""
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -18,6 +19,11 @@ sql = queries(__package__)
 # The most options of all polls that are remembered: with its part of a poll, an option has some 600 bytes.
 OPTIONS = 50_000
 PATIENCE_SECONDS = 5.0
+# How long a poll that is not open, or does not exist, is not read again, how many of these are remembered, and how many
+# connections read polls at once.
+NOT_OPEN_SECONDS = 0.5
+_NOT_OPEN = 1_000
+_CONNECTIONS = 2
 
 
 class Poll(NamedTuple):
@@ -45,9 +51,11 @@ class Poll(NamedTuple):
 
 
 class Polls:
-    """Looks polls up by id. Only what cannot change is remembered: an open poll's options.
+    """Looks polls up by id. An open poll's options cannot change, so it is remembered; one that is not open, or that
+    does not exist, for a moment: a crowd that comes too early or too late is one read.
 
-    That an open poll was closed in the meantime is found by the statement that logs the votes; `forget` it then.
+    That an open poll was closed in the meantime is found by the statement that logs the votes; `forget` it then. What
+    changed a poll at this server says so by `changed`.
     """
 
     def __init__(self, pool: asyncpg.Pool) -> None:
@@ -55,6 +63,11 @@ class Polls:
         # By the usual spelling of their ids, as one poll's id has many. The one that was used last comes last.
         self._open: OrderedDict[str, Poll] = OrderedDict()
         self._options = 0
+        # Polls that are not open, None for those that do not exist, and when each is to be read again; oldest first.
+        self._not_open: OrderedDict[str, tuple[float, Poll | None]] = OrderedDict()
+        # Polls that are being read, once for all who ask.
+        self._reading: dict[str, asyncio.Task[Poll | None]] = {}
+        self._connections = asyncio.Semaphore(_CONNECTIONS)
 
     def known(self, poll_id: str) -> Poll | None:
         """The poll, if it is remembered: then `poll_id` is a UUID, in its usual spelling."""
@@ -69,16 +82,47 @@ class Polls:
         poll = self.known(str(uuid))
         if poll is not None:
             return poll
-        row = await patiently(lambda: self._read(uuid), PATIENCE_SECONDS)
-        if row is None:
+        key = str(uuid)
+        now = asyncio.get_running_loop().time()
+        until, found = self._not_open.get(key, (0.0, None))
+        if until <= now:
+            reading = self._reading.get(key)
+            if reading is None:
+                reading = self._reading[key] = asyncio.create_task(self._look_up(uuid, key))
+                # Whoever waits hears of a failure; it is no defect where all of them have gone.
+                reading.add_done_callback(lambda task: task.cancelled() or task.exception())
+            # Others may wait for it when this caller has gone.
+            found = await asyncio.shield(reading)
+        if found is None:
             raise poll_not_found(poll_id)
-        spec = PollSpec.FromString(row["spec"])
-        numbers = {option.option_id: number for number, option in enumerate(spec.options)}
-        markings = {option_id: ballots.marking([number]) for option_id, number in numbers.items()}
-        poll = Poll(uuid, row["poll_no"], row["state"], spec, numbers, markings)
-        if poll.state == OPEN:
-            self._remember(poll)
-        return poll
+        return found
+
+    def changed(self, poll_id: UUID) -> None:
+        """A command has changed a poll: what was read before, or is being read, is not told to anybody who asks now."""
+        self._not_open.pop(str(poll_id), None)
+        self._reading.pop(str(poll_id), None)
+
+    async def _look_up(self, poll_id: UUID, key: str) -> Poll | None:
+        this = asyncio.current_task()
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS), self._connections:
+                row = await patiently(lambda: self._read(poll_id), PATIENCE_SECONDS)
+            poll = _poll(poll_id, row) if row else None
+            if self._reading.get(key) is this:
+                if poll and poll.state == OPEN:
+                    self._remember(poll)
+                else:
+                    self._remember_not_open(key, poll)
+            return poll
+        finally:
+            if self._reading.get(key) is this:
+                del self._reading[key]
+
+    def _remember_not_open(self, key: str, poll: Poll | None) -> None:
+        self._not_open.pop(key, None)
+        self._not_open[key] = (asyncio.get_running_loop().time() + NOT_OPEN_SECONDS, poll)
+        while len(self._not_open) > _NOT_OPEN:
+            self._not_open.popitem(last=False)
 
     def _remember(self, poll: Poll) -> None:
         # Many may have looked it up at once.
@@ -96,3 +140,10 @@ class Polls:
         """Look the poll up again next time."""
         if known := self._open.pop(str(poll.poll_id), None):
             self._options -= len(known.markings)
+
+
+def _poll(poll_id: UUID, row: asyncpg.Record) -> Poll:
+    spec = PollSpec.FromString(row["spec"])
+    numbers = {option.option_id: number for number, option in enumerate(spec.options)}
+    markings = {option_id: ballots.marking([number]) for option_id, number in numbers.items()}
+    return Poll(poll_id, row["poll_no"], row["state"], spec, numbers, markings)

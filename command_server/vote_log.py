@@ -414,6 +414,8 @@ class VoteLog:
                 cast = mine[batch]
                 votes = {v: vote for v, vote in votes.items() if v in cast and vote.is_repeated_by(cast[v])}
             state = states[poll.poll_no]
+            if state == OPEN:
+                self._polls.changed(poll.poll_id)
             refusal = not_open(poll.state if state == OPEN else state)
             batch.settle(_judge(batch.ballots, votes, refusal, already_voted()))
 

@@ -841,3 +841,48 @@ async def test_a_producer_faster_than_the_database_fills_no_memory(
             for stream in streams:
                 stream.cancel()
     await connection.close()
+
+
+@pytest.mark.parametrize("exists", [True, False])
+async def test_a_crowd_that_comes_too_early_is_one_read(
+    server: CommandServiceAsyncStub, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    poll_id = await draft_poll(server) if exists else str(uuid4())
+    read, reads = polls.Polls._read, 0
+
+    async def counting(*arguments: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        return await read(*arguments)
+
+    monkeypatch.setattr(polls, "NOT_OPEN_SECONDS", 60.0)
+    monkeypatch.setattr(polls.Polls, "_read", counting)
+    for _ in range(2):
+        crowd = [refused(server.CastVote(vote(poll_id, f"voter-{n}", "mon"))) for n in range(200)]
+        reason = "POLL_NOT_OPEN" if exists else "POLL_NOT_FOUND"
+        assert {refusal.reason for refusal in await asyncio.gather(*crowd)} == {reason}
+    assert reads == 1
+    if exists:
+        await server.OpenPoll(pb.OpenPollRequest(poll_id=poll_id))
+        await server.CastVote(vote(poll_id, "ada", "mon"))
+
+
+async def test_calls_that_wait_are_bounded_and_one_poll_leaves_room_for_others(
+    server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ballot_box, "CALLS", 20)
+    poll_id, other = await open_poll(server), await open_poll(server)
+    await server.CastVote(vote(other, "first", "mon"))
+    await server.CastVote(vote(poll_id, "first", "mon"))
+    connection = await asyncpg.connect(write_dsn)
+    async with connection.transaction():
+        await connection.execute("SELECT FROM polls WHERE poll_id = $1::text::uuid FOR UPDATE", poll_id)
+        crowd = [asyncio.ensure_future(server.CastVote(vote(poll_id, f"voter-{n}", "mon"))) for n in range(40)]
+        for n in range(5):
+            await server.CastVote(vote(other, f"voter-{n}", "mon"), timeout=5)
+    await connection.close()
+    outcomes = await asyncio.gather(*crowd, return_exceptions=True)
+    refusals = [await refused(_raise(error)) for error in outcomes if isinstance(error, grpc.aio.AioRpcError)]
+    assert len(refusals) == 30
+    assert {refusal.reason for refusal in refusals} == {"OVERLOADED"}
+    assert (await read_log(write_dsn, poll_id)).rows == 11
