@@ -40,8 +40,8 @@ SLOW_COMMIT_SECONDS = 0.02
 # The most ballots that wait: about 100 bytes each, and two more for each choice of an approval. Those of a request are
 # kept until all of them are recorded, so up to twice as many are in memory.
 CAPACITY = 800_000
-# The most single votes that wait: each is a call, of which gRPC keeps some 25 KiB.
-CALLS = 8_000
+# The most single votes that wait: each is a call, which takes some 50 KiB where each is for another poll.
+CALLS = 7_000
 # How long a request may wait for its first commit, and how often it is looked for those that waited longer, in seconds.
 WAIT_SECONDS = 15.0
 LOOK_SECONDS = 1.0
