@@ -24,12 +24,12 @@ help: ## list the targets
 setup: $(VENV)/.ready ## create .venv with the locked dependencies
 
 # Without its mark .ready, a .venv was left half-made by an interruption, whenever that was, and is not built upon.
-$(VENV)/.ready: requirements.lock pyproject.toml gen/pyproject.toml command_server/_ballots.c
+$(VENV)/.ready: requirements.lock pyproject.toml command_server/_ballots.c
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tally needs Python 3.11 or newer; set PYTHON=python3.x")'
 	test -f $@ || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
 	rm -f $@
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e gen -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
 up: setup ## start everything on this machine: Postgres, NATS, Redis and the four services
@@ -77,4 +77,4 @@ release-contract: setup ## record the protos as the released contract that `buf 
 
 lock: setup ## resolve requirements.lock anew
 	uv pip compile --quiet --universal --python-version 3.11 --extra dev --generate-hashes --no-header --no-emit-index-url \
-		--no-emit-package tally-stubs --upgrade pyproject.toml -o requirements.lock
+		--upgrade pyproject.toml -o requirements.lock
