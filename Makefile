@@ -16,7 +16,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up demo test quickstart-node fuzz bench bench-quick generate generate/verify verify format lint lock release-contract
+.PHONY: help setup up demo test quickstart-node check-wheel fuzz bench bench-quick generate generate/verify verify format lint lock release-contract
 
 help: ## list the targets
 	@grep -hE '^[a-z/-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ test: setup ## unit, integration and contract tests against real servers
 
 quickstart-node: setup ## run examples/node against a running Tally; needs node and npm
 	python -m pytest examples/node
+
+check-wheel: setup ## install Tally as a wheel with another Python, outside the checkout, and count votes with it
+	python tools/check_wheel.py
 
 fuzz: setup ## fuzz the compiled code with sanitizers, for SECONDS (60)
 	python tools/fuzz_ballots.py $(or $(SECONDS),60)
