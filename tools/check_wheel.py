@@ -2,9 +2,9 @@
 
     python tools/check_wheel.py [PYTHON ...]
 
-For each Python: a new virtual environment, the wheel with the dependencies that it names, `tally up` in an empty folder,
-a poll, votes, the results. Without arguments it takes one other Python than this one, of 3.11 to 3.14, from PATH or
-pyenv; where there is none, it fails, because nothing was shown.
+For each Python: a new virtual environment, the wheel with the dependencies that it names, `tally up` in an empty
+folder, a poll, votes, the results. Without arguments it takes one other Python than this one, of 3.11 to 3.14, from
+PATH or pyenv; where there is none, it fails, because nothing was shown.
 """
 
 import json
