@@ -345,7 +345,7 @@ class VoteLog:
     async def _replace_some(self, connection: asyncpg.Connection, batch: Batch) -> None:
         """The way of a batch, without repeated voters, in which votes may take the place of earlier ones.
 
-        Only of those that were recorded before the log was seen at a position: docs/adr/0020. A caller who still waits
+        Only of those that were recorded before the log was seen at a position: docs/adr/0018. A caller who still waits
         after that has not sent the voter's next vote before it, so nothing that this replaces was meant to follow.
         And a vote with the same choice is left out only where it has the idempotency key of the one before: left out
         for its choice alone, it would tell what that one chose.
@@ -533,7 +533,7 @@ class _Standing(NamedTuple):
 
 def _judge(batch: list[bytes], standing: "dict[bytes, _Standing]", without: Refusal, other: Refusal) -> Verdicts:
     """Judges each ballot by the vote that stands for its voter: `without` is the answer where there is none, `other`
-    where the ballot is not a repeat of it, whatever it chooses: docs/adr/0013."""
+    where the ballot is not a repeat of it, whatever it chooses: docs/adr/0016."""
     others: dict[int, Verdict] = {}
     recorded: Recorded | None = None
     for index, ballot in enumerate(batch):

@@ -1,4 +1,4 @@
--- Who cast a vote can repeat it and learn that it is recorded; others learn nothing of its choice: docs/adr/0013.
+-- Who cast a vote can repeat it and learn that it is recorded; others learn nothing of its choice: docs/adr/0016.
 
 -- The hash of the idempotency key that the vote came with, 7 bytes; NULL for a vote without one.
 ALTER TABLE votes ADD COLUMN idempotency_hash bytea;

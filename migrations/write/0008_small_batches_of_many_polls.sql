@@ -1,4 +1,4 @@
--- Small batches of many polls in one transaction: docs/adr/0021.
+-- Small batches of many polls in one transaction: docs/adr/0019.
 
 -- Records small batches of new votes, one for each of several polls, with their events. A batch that cannot be recorded
 -- fails no other; `outcome` says what became of each: 'recorded'; 'repeated' where a voter has voted, or comes twice;
