@@ -11,6 +11,7 @@ from runtime.replicas import connect_primary
 sql = queries(__package__)
 
 _START_SECONDS = 5.0
+_SESSION = {"application_name": "command_server start", "statement_timeout": "5s"}
 
 
 class OtherSecret(ConnectionError):  # noqa: N818 - named for what it finds
@@ -44,7 +45,7 @@ class SecretGuard:
         """The same over a connection of its own. A database that does not answer is checked once it does."""
         try:
             async with asyncio.timeout(_START_SECONDS):
-                connection = await connect_primary(dsn, timeout=_START_SECONDS)
+                connection = await connect_primary(dsn, timeout=_START_SECONDS, server_settings=_SESSION)
                 try:
                     await self.check(connection)
                 finally:

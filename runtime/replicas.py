@@ -25,6 +25,11 @@ _SERVER_SECONDS = 1.0
 # How often readers are spread again; seconds.
 _SPREAD_SECONDS = 30.0
 
+_POOLED = (
+    "a connection pooler such as PgBouncer answers, and drops the settings of sessions: locks, notifications and time"
+    " limits would be lost; connect to Postgres itself, not through transaction or session pooling"
+)
+
 _NO_PRIMARY = "no server takes changes: each is a standby, or read-only by default"
 
 # Answers that mean "this server is not the one", whatever the statement was.
@@ -39,6 +44,13 @@ _NOT_THE_ONE = (
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class Pooled(asyncpg.InterfaceError):  # type: ignore[misc]  # asyncpg has no types
+    """Between here and Postgres is a pooler that gives a session's statements to different sessions of the server."""
+
+    def __init__(self) -> None:
+        super().__init__(_POOLED)
 
 
 def _checked(
@@ -120,7 +132,9 @@ async def _connect(
     try:
         for server in random.sample(servers, len(servers)):
             try:
-                connection = await asyncpg.connect(server, timeout=seconds, **options)
+                connection = await _open(server, seconds, options)
+            except Pooled:
+                raise
             except (
                 OSError,
                 TimeoutError,
@@ -141,6 +155,33 @@ async def _connect(
     finally:
         for connection in others:
             connection.terminate()
+
+
+async def _open(server: str, seconds: float, options: dict[str, Any]) -> asyncpg.Connection:
+    """A connection to one server. Raises Pooled where a pooler answers in its place and drops a session's settings."""
+    try:
+        connection = await asyncpg.connect(server, timeout=seconds, **options)
+    except asyncpg.ProtocolViolationError as error:
+        if "startup parameter" in str(error):
+            raise Pooled from None
+        raise
+    try:
+        # A pooler names another process than the one that runs the statements.
+        async with asyncio.timeout(seconds):
+            if await connection.fetchval("SELECT pg_backend_pid()") != connection.get_server_pid():
+                await _require_settings(connection, options.get("server_settings", {}))
+    except BaseException:
+        connection.terminate()
+        raise
+    return connection
+
+
+async def _require_settings(connection: asyncpg.Connection, settings: dict[str, str]) -> None:
+    # Poolers pass this one on, whatever else they drop.
+    names = sorted(settings.keys() - {"application_name"})
+    query = "SELECT count(*) FROM pg_settings WHERE name = ANY ($1) AND source = 'client'"
+    if await connection.fetchval(query, names) < len(names):
+        raise Pooled
 
 
 def _servers(dsn: str) -> list[str]:
