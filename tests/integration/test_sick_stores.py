@@ -234,7 +234,7 @@ async def test_files_that_redis_cannot_read_are_set_aside(tmp_path: Path, conten
         first = store.process.pid
         assert first
         os.kill(first, signal.SIGSTOP)
-        [file] = [path for path in (tmp_path / "redis").rglob("*.aof*") if path.is_file() and path.stat().st_size]
+        [file] = (tmp_path / "redis").rglob("*.incr.aof")
         whole = file.read_bytes()
         damage(file, content)
         os.kill(first, signal.SIGKILL)
@@ -246,7 +246,7 @@ async def test_files_that_redis_cannot_read_are_set_aside(tmp_path: Path, conten
     [kept] = [path for path in aside.rglob(file.name) if path.is_file()]
     assert kept.read_bytes() == whole + content
     # And at a start.
-    damage(next(path for path in (tmp_path / "redis").rglob("*.aof*") if path.is_file()), content)
+    damage(next((tmp_path / "redis").rglob("*.incr.aof")), content)
     async with keeping(tmp_path, await server.program()) as store:
         assert any("set aside" in line for line in store.said)
 
