@@ -25,7 +25,7 @@ from tally.poll.v1.poll_pb2 import POLL_STATE_OPEN, VOTING_METHOD_SINGLE_CHOICE,
 from tally.query.v1 import query_service_pb2 as query
 from tally.query.v1.query_service_pb2_grpc import QueryServiceStub
 
-from command_server import ballot_box, polls
+from command_server import polls, vote_log
 from command_server.__main__ import CommandSettings
 from command_server.__main__ import serve as serve_commands
 from contracts.failures import refusal_of
@@ -88,7 +88,7 @@ async def _read_only(stores: Stores, database: str, kind: str) -> AsyncIterator[
 async def test_votes_and_commands_go_on_once_a_read_only_database_takes_changes_again(
     stores: Stores, write_dsn: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ballot_box, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(vote_log, "PATIENCE_SECONDS", 0.3)
     monkeypatch.setattr(polls, "PATIENCE_SECONDS", 0.3)
     database = write_dsn.partition("?")[0].rpartition("/")[2]
     async with command_server(write_dsn) as server:
