@@ -35,7 +35,12 @@ async def main() -> None:
             )
             for voter in voters
         ]
-        request = pb.CastVotesRequest(batch_sequence=number, poll_id=orders["poll_id"], votes=votes)
+        request = pb.CastVotesRequest(
+            batch_sequence=number,
+            poll_id=orders["poll_id"],
+            votes=votes,
+            idempotency_key=orders.get("idempotency_key", ""),
+        )
         streams[number % len(streams)].append(request.SerializeToString())
     answers = Counter[str]()
     acknowledged: list[tuple[float, str]] = []
