@@ -79,6 +79,7 @@ class Topic:
     __slots__ = (
         "_changed",
         "absence",
+        "changes",
         "channel",
         "final",
         "least",
@@ -103,6 +104,8 @@ class Topic:
         self.results = b""
         # Why there are no results: POLL_NOT_FOUND, STORE_UNAVAILABLE, READ_MODEL_BEHIND, or None for not yet known.
         self.absence: ErrorReason.ValueType | None = None
+        # How often any of these has changed.
+        self.changes = 0
         self.watchers: set[Watcher] = set()
         # Those of them that wait for a certain version.
         self.waiting: set[Watcher] = set()
@@ -123,6 +126,7 @@ class Topic:
             self.lack(ErrorReason.ERROR_REASON_READ_MODEL_BEHIND)
         elif position > self.position or corrects:
             self.position, self.results, self.absence, self.final = position, results, None, final
+            self.changes += 1
             self._changed(self)
 
     def lack(self, absence: ErrorReason.ValueType, position: LogPosition = NOWHERE) -> None:
@@ -135,6 +139,7 @@ class Topic:
                 self.position, self.results, self.final = position, b"", False
         if not self.results:
             self.absence = absence
+            self.changes += 1
             self._changed(self)
 
 
@@ -148,6 +153,7 @@ class Watcher:
         "_min_interval",
         "_news",
         "_not_before",
+        "_sent",
         "_sleeping",
         "_writing_since",
         "topics",
@@ -162,6 +168,9 @@ class Watcher:
         # Topics that this watcher was not sent the newest results of, the one that has waited longest first.
         self._news: dict[Topic, None] = {}
         self._not_before: dict[Topic, float] = {}
+        # Which change of each topic it was sent last: who begins to watch between a change and the moment at which all
+        # watchers hear of it has it already.
+        self._sent: dict[Topic, int] = {}
         # Something has happened since it last looked; what it waits on otherwise. An asyncio.Event with a timeout costs
         # ten times as much, for each watcher at each change.
         self._awake = False
@@ -172,7 +181,7 @@ class Watcher:
     def notice(self, topic: Topic) -> None:
         """A topic has newer results."""
         # Where the watcher knows already that there are some, it is on its way or lets min_interval pass.
-        if topic not in self._news:
+        if topic not in self._news and self._sent.get(topic) != topic.changes:
             self._news[topic] = None
             self.wake()
 
@@ -219,6 +228,7 @@ class Watcher:
                     async with room(len(topic.results), STUCK) if len(topic.results) >= LARGE else _NO_ROOM_NEEDED:
                         # By now there may be newer ones.
                         self._news.pop(topic, None)
+                        self._sent[topic] = topic.changes
                         _check_shown(topic)
                         self._writing_since = now()
                         await write(topic.results)
@@ -248,6 +258,7 @@ class Watcher:
             for topic in self._news:
                 if self._not_before.get(topic, now) <= now:
                     del self._news[topic]
+                    self._sent[topic] = topic.changes
                     if self._min_interval:
                         self._not_before[topic] = now + self._min_interval
                     _check_shown(topic)

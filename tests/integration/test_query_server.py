@@ -766,8 +766,8 @@ async def test_waiting_asks_nothing_and_wakes_on_the_update(network: Network, mo
         *polls, results = await asyncio.gather(*calls)
         latest.append(time.monotonic() - stored)
         assert {response.poll.version for response in polls} == {results.version} == {version}
-    # Typically; a busy machine may be slower now and then.
-    assert sorted(latest)[len(latest) // 2] < 0.05
+    # Nothing else would wake them; a busy machine takes its time.
+    assert sorted(latest)[len(latest) // 2] < 0.5
 
 
 @pytest.mark.usefixtures("no_lookups")
@@ -817,7 +817,7 @@ async def test_polls_that_cannot_be_looked_up_are_no_trouble_of_those_who_watch(
     watch = Watch(server, poll_id)
     assert (await watch.next()).version == 2
     call = asyncio.ensure_future(
-        server.GetPoll(pb.GetPollRequest(poll_id=str(poll_id), at_least_as_fresh=token(poll_id, 2)))
+        server.GetPoll(pb.GetPollRequest(poll_id=str(poll_id), at_least_as_fresh=token(poll_id, 2)), timeout=30)
     )
     await until(lambda: waiting() == 1)
     # Meanwhile the call has read once more, in vain.
