@@ -74,8 +74,8 @@ class Comparison:
         self._read_model = read_model
         self._write_dsn = write_dsn
         self._ask_relay = ask_relay
-        # Whether the event log answers: then the relay need not be asked for what is missing.
-        self.available = False
+        # Whether the event log answers: then the relay need not be asked for what is missing. None: not known yet.
+        self.available: bool | None = None
         # Whether something is known to be missing, and the stored position held until it is found.
         self.urgent = False
         # Whether the stream is read up to its end.

@@ -336,7 +336,7 @@ class _Following(Session):
             _require_epoch(self.log_epoch, streamed)
         if self._comparison and self._comparison.available:
             self._comparison.want([poll_id for poll_id, _ in self._gaps.due(time.monotonic(), WANTED)])
-        else:
+        elif not self._comparison or self._comparison.available is False:
             for poll_id, version in self._gaps.due(time.monotonic(), _REQUESTS):
                 await self._ask_relay(poll_id, version)
         if self.suspects:

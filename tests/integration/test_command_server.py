@@ -679,11 +679,11 @@ async def _raise(error: BaseException) -> None:
 async def test_an_unreachable_database_is_said_so_and_the_vote_can_be_repeated(
     stores: Stores, write_dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vote_log, "PATIENCE_SECONDS", 0.3)
-    monkeypatch.setattr(polls, "PATIENCE_SECONDS", 0.3)
     database = write_dsn.partition("?")[0].rpartition("/")[2]
     async with command_server(write_dsn) as server:
         poll_id = await open_poll(server)
+        monkeypatch.setattr(vote_log, "PATIENCE_SECONDS", 0.3)
+        monkeypatch.setattr(polls, "PATIENCE_SECONDS", 0.3)
         await sql(stores.admin_dsn, f"ALTER DATABASE {database} ALLOW_CONNECTIONS false")
         await sql(
             stores.admin_dsn, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", database
@@ -696,6 +696,7 @@ async def test_an_unreachable_database_is_said_so_and_the_vote_can_be_repeated(
             assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE")
             assert refusal.retry_after
             assert database not in refusal.message, "nothing of the driver's text"
+        monkeypatch.undo()
         await sql(stores.admin_dsn, f"ALTER DATABASE {database} ALLOW_CONNECTIONS true")
         assert not (await server.CastVote(vote(poll_id, "ada", "mon"))).already_recorded
     assert (await read_log(write_dsn, poll_id)).rows == 1

@@ -173,7 +173,7 @@ async def test_a_document_that_is_not_there_is_refused(system: System) -> None:
     # Of a later history of the log than any: one of an earlier history is satisfied by what is there.
     later = token(poll_id, 1, UUID("ffffffff-ffff-7fff-bfff-ffffffffffff"))
     request = GetPollDocumentRequest(poll_id=str(poll_id), at_least_as_fresh=later)
-    refusal = await refused(system.query.GetPollDocument(request, timeout=0.3))
+    refusal = await refused(system.query.GetPollDocument(request, timeout=2))
     assert refusal.reason == "READ_MODEL_BEHIND"
 
 

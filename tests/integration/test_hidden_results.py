@@ -22,6 +22,7 @@ from tally.poll.v1.poll_pb2 import (
 from tally.query.v1 import query_service_pb2 as query
 
 from contracts.live import FIRST_GENERATION, live_channel, live_key
+from tests.processes import eventually
 from tests.servers import Refused, refused
 from tests.system import System
 
@@ -135,13 +136,18 @@ async def test_nothing_that_a_query_server_gets_from_redis_tells_the_counts(
         for voter in range(10):
             token = await vote(system, poll_id, f"voter-{voter}")
         is_hidden(await refused(results(system, poll_id, token)))
-        stored, published = await live.hget(key, "results"), b""
-        said = {stored}
-        while published != stored:
-            message = await channel.get_message(timeout=5)
-            if message:
+        published = b""
+        said = set()
+
+        async def all_is_said() -> bool:
+            nonlocal published
+            if message := await channel.get_message(timeout=0.1):
                 published = message["data"]
-                said.add(published)
+            stored = await live.hget(key, "results")
+            said.update({published, stored})
+            return bool(stored == published)
+
+        await eventually(all_is_said)
     # A zero byte, the version and the log epoch: no room for anything else.
     assert {len(data) for data in said if data} == {25}
 

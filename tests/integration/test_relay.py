@@ -224,7 +224,7 @@ async def test_one_relays_and_another_takes_over(
         killed = time.monotonic()
         await log.cast(poll)
         await drained(log)
-        assert time.monotonic() - killed < 3
+        assert time.monotonic() - killed < 10
         assert any('"leading"' in line for line in second.new_lines())
     assert (await published(bus)).versions(poll) == list(range(1, poll.version + 1))
 
@@ -593,7 +593,7 @@ async def test_sigterm_leaves_nothing_acknowledged_behind(
         await eventually(begun)
         started = time.monotonic()
         assert await process.stop()
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 10
         assert process.how_it_ended() == "ended with status 0"
     versions = (await published(bus)).versions(poll)
     assert versions == list(range(1, len(versions) + 1))

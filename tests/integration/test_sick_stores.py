@@ -80,9 +80,9 @@ async def test_a_process_whose_check_fails_is_restarted_less_and_less_often(tmp_
             assert len(starts) == 4
 
         await eventually(restarted)
-    pauses = [later - earlier for earlier, later in pairwise(starts)]
-    assert pauses[0] < pauses[1] < pauses[2]
-    assert pauses[2] > 1.2
+    # Twice as long each time; a busy machine adds to it.
+    for pause, least in zip([later - earlier for earlier, later in pairwise(starts)], (0.3, 0.6, 1.2), strict=True):
+        assert pause > least
     assert store.said[0] == "sick runs, but does not do its work: nothing is stored"
     assert "it is restarted" in store.said[1]
 

@@ -88,17 +88,18 @@ async def _read_only(stores: Stores, database: str, kind: str) -> AsyncIterator[
 async def test_votes_and_commands_go_on_once_a_read_only_database_takes_changes_again(
     stores: Stores, write_dsn: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vote_log, "PATIENCE_SECONDS", 0.3)
-    monkeypatch.setattr(polls, "PATIENCE_SECONDS", 0.3)
     database = write_dsn.partition("?")[0].rpartition("/")[2]
     async with command_server(write_dsn) as server:
         poll_id = await _open_poll(server)
         await asyncio.gather(*(server.CastVote(_vote(poll_id, f"before-{n}")) for n in range(20)))
         async with _read_only(stores, database, kind):
+            monkeypatch.setattr(vote_log, "PATIENCE_SECONDS", 0.3)
+            monkeypatch.setattr(polls, "PATIENCE_SECONDS", 0.3)
             calls: list[Any] = [server.CastVote(_vote(poll_id, f"voter-{n}")) for n in range(10)]
             calls.append(server.ClosePoll(command.ClosePollRequest(poll_id=poll_id)))
             refusals = await asyncio.gather(*(refused(call) for call in calls))
             assert {refusal.reason for refusal in refusals} == {"STORE_UNAVAILABLE"}
+            monkeypatch.undo()
 
         async def taken() -> None:
             try:
