@@ -16,7 +16,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up demo test quickstart-node check-wheel fuzz bench bench-quick generate generate/verify verify format lint lock release-contract
+.PHONY: help setup up demo test quickstarts check-wheel fuzz bench bench-quick generate generate/verify verify format lint lock release-contract
 
 help: ## list the targets
 	@grep -hE '^[a-z/-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -41,8 +41,8 @@ demo: setup ## count a real election of 80,101 ballots, end to end
 test: setup ## unit, integration and contract tests against real servers
 	pytest
 
-quickstart-node: setup ## run examples/node against a running Tally; needs node and npm
-	python -m pytest examples/node
+quickstarts: setup ## run examples/node and examples/typescript against a running Tally; needs node and npm
+	python -m pytest examples
 
 check-wheel: setup ## install Tally as a wheel with another Python, outside the checkout, and count votes with it
 	python tools/check_wheel.py

@@ -20,6 +20,8 @@ class Proxy:
         self.port = 0
         # How many bytes came through, either way.
         self.passed = 0
+        # How many of the next connections are broken as soon as they are made.
+        self.to_break = 0
 
     async def restore(self) -> None:
         """Listens, on the same port as before, and passes on; what was held back by `silence` is delivered."""
@@ -43,6 +45,10 @@ class Proxy:
         self._pass.clear()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.to_break:
+            self.to_break -= 1
+            writer.transport.abort()
+            return
         self._writers.add(writer)
         try:
             with suppress(OSError):

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Generates the Python stubs from protos/, and the rules that they import, protos/buf, from the locked protovalidate package.
+# Generates the Python stubs from protos/, and other projects' protos from the locked packages that have them: the rules that
+# ours import (protos/buf, from protovalidate) and what an error carries (protos/google, from googleapis-common-protos).
 #   tools/generate.sh FOLDER     writes them into FOLDER, which keeps its stubs where that fails
 #   tools/generate.sh --verify   fails if gen/ is not what the protos give
 set -euo pipefail
@@ -18,13 +19,19 @@ work=$(mktemp -d -p . .generate.XXXXXX)
 trap 'rm -rf "$work"' EXIT
 fresh=$work/gen
 mkdir "$fresh"
-python tools/export_validate_proto.py "$work/rules"
-buf format -w "$work/rules"
+foreign=$work/foreign
+python tools/export_validate_proto.py "$foreign"
+mkdir -p "$foreign/google/rpc"
+common=$(python -c 'from google.rpc import status_pb2; print(status_pb2.__file__.rpartition("/")[0])')
+cp "$common/status.proto" "$common/error_details.proto" "$foreign/google/rpc"
+buf format -w "$foreign"
 if [ "$1" != --verify ]; then
-    mkdir -p protos/buf/validate
-    mv -f "$work/rules/buf/validate/validate.proto" protos/buf/validate/validate.proto
-elif ! diff -r "$work/rules/buf" protos/buf; then
-    echo "protos/buf is not what the locked protovalidate package has: run 'make generate' and commit the result" >&2
+    (cd "$foreign" && find . -type f) | while read -r file; do
+        mkdir -p "protos/$(dirname "$file")"
+        mv -f "$foreign/$file" "protos/$file"
+    done
+elif ! { diff -r "$foreign/buf" protos/buf && diff -r "$foreign/google" protos/google; }; then
+    echo "protos/ is not what the locked packages have: run 'make generate' and commit the result" >&2
     exit 1
 fi
 generate "$fresh"
