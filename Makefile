@@ -24,12 +24,13 @@ help: ## list the targets
 setup: $(VENV)/.ready ## create .venv with the locked dependencies
 
 # Without its mark .ready, a .venv was left half-made by an interruption, whenever that was, and is not built upon.
-$(VENV)/.ready: requirements.lock pyproject.toml command_server/_ballots.c
+$(VENV)/.ready: requirements.lock tools/generator.lock pyproject.toml command_server/_ballots.c
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tally needs Python 3.11 or newer; set PYTHON=python3.x")'
 	test -f $@ || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
 	rm -f $@
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --upgrade --target $(VENV)/generator -r tools/generator.lock
 	touch $@
 
 up: setup ## start everything on this machine: Postgres, NATS, Redis and the four services
@@ -41,7 +42,7 @@ demo: setup ## count a real election of 80,101 ballots, end to end
 test: setup ## unit, integration and contract tests against real servers
 	pytest
 
-quickstarts: setup ## run examples/node and examples/typescript against a running Tally; needs node and npm
+quickstarts: setup ## run the quick starts in examples/ against a running Tally; needs node and npm
 	python -m pytest examples
 
 check-wheel: setup ## install Tally as a wheel with another Python, outside the checkout, and count votes with it
@@ -81,3 +82,5 @@ release-contract: setup ## record the protos as the released contract that `buf 
 lock: setup ## resolve requirements.lock anew
 	uv pip compile --quiet --universal --python-version 3.11 --extra dev --generate-hashes --no-header --no-emit-index-url \
 		--upgrade pyproject.toml -o requirements.lock
+	uv pip compile --quiet --universal --python-version 3.11 --no-deps --generate-hashes --no-header --no-emit-index-url \
+		tools/generator.in -o tools/generator.lock

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Generates the Python stubs from protos/, and other projects' protos from the locked packages that have them: the rules that
 # ours import (protos/buf, from protovalidate) and what an error carries (protos/google, from googleapis-common-protos).
+# protoc and gRPC's plugin are older than what the servers run with, from tools/generator.lock: stubs work with the protobuf
+# of their generator and the next major version, and callers cannot always have the newest.
 #   tools/generate.sh FOLDER     writes them into FOLDER, which keeps its stubs where that fails
 #   tools/generate.sh --verify   fails if gen/ is not what the protos give
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 generate() {
+    export PYTHONPATH=.venv/generator
     (cd protos && find tally -name '*.proto' | sort) | xargs python -m grpc_tools.protoc -Iprotos \
         --python_out="$1" --mypy_out=quiet,readable_stubs:"$1" buf/validate/validate.proto
     (cd protos && find tally -name '*_service.proto' | sort) | xargs python -m grpc_tools.protoc -Iprotos \

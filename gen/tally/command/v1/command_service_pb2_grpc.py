@@ -5,7 +5,7 @@ import warnings
 
 from tally.command.v1 import command_service_pb2 as tally_dot_command_dot_v1_dot_command__service__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class CommandServiceStub:
+class CommandServiceStub(object):
     """CommandService changes polls and takes votes. It returns what a caller needs to go on, never results: those are read
     from `tally.query.v1.QueryService`. Every answer means that the change is durable. Errors are described by
     `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 16 MiB gRPC refuses it before the server
@@ -85,7 +85,7 @@ class CommandServiceStub:
                 _registered_method=True)
 
 
-class CommandServiceServicer:
+class CommandServiceServicer(object):
     """CommandService changes polls and takes votes. It returns what a caller needs to go on, never results: those are read
     from `tally.query.v1.QueryService`. Every answer means that the change is durable. Errors are described by
     `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 16 MiB gRPC refuses it before the server
@@ -222,7 +222,7 @@ def add_CommandServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class CommandService:
+class CommandService(object):
     """CommandService changes polls and takes votes. It returns what a caller needs to go on, never results: those are read
     from `tally.query.v1.QueryService`. Every answer means that the change is durable. Errors are described by
     `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 16 MiB gRPC refuses it before the server

@@ -5,7 +5,7 @@ import warnings
 
 from tally.query.v1 import query_service_pb2 as tally_dot_query_dot_v1_dot_query__service__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class QueryServiceStub:
+class QueryServiceStub(object):
     """QueryService reads and never writes. It answers from read models that follow the write side, usually within
     milliseconds; every answer carries the version that it shows. A `consistency_token` from a command, given as
     `at_least_as_fresh`, makes a query wait until its read model shows that command; past the deadline it fails with
@@ -96,7 +96,7 @@ class QueryServiceStub:
                 _registered_method=True)
 
 
-class QueryServiceServicer:
+class QueryServiceServicer(object):
     """QueryService reads and never writes. It answers from read models that follow the write side, usually within
     milliseconds; every answer carries the version that it shows. A `consistency_token` from a command, given as
     `at_least_as_fresh`, makes a query wait until its read model shows that command; past the deadline it fails with
@@ -254,7 +254,7 @@ def add_QueryServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class QueryService:
+class QueryService(object):
     """QueryService reads and never writes. It answers from read models that follow the write side, usually within
     milliseconds; every answer carries the version that it shows. A `consistency_token` from a command, given as
     `at_least_as_fresh`, makes a query wait until its read model shows that command; past the deadline it fails with
