@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import comparison, ingest, pipeline, unary, watching
+from benchmarks import comparison, ingest, many_polls, pipeline, unary, watching
 from benchmarks.figures import Effort, Figure, machine
 from benchmarks.stage import stage
 
@@ -18,13 +18,14 @@ BENCHMARKS = {
     "ingest": ingest.run,
     "pipeline": pipeline.run,
     "unary": unary.run,
+    "many_polls": many_polls.run,
     "growth": ingest.grow,
     "repeats": ingest.repeat,
     "comparison": comparison.run,
     "watching": watching.run,
 }
-NORMAL = Effort(rounds=5, votes=1_000_000, seconds=2.0, big_poll=2_000_000, watchers=10_000)
-QUICK = Effort(rounds=1, votes=20_000, seconds=0.3, big_poll=40_000, watchers=500)
+NORMAL = Effort(rounds=5, votes=1_000_000, seconds=2.0, big_poll=2_000_000, watchers=10_000, many_polls=(1_000, 10_000))
+QUICK = Effort(rounds=1, votes=20_000, seconds=0.3, big_poll=40_000, watchers=500, many_polls=(20, 200))
 
 
 def main(

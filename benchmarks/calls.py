@@ -1,6 +1,7 @@
 """A caller of a unary RPC in a process of its own: `python -m benchmarks.calls` with its orders as JSON on stdin.
 
-The requests are those of CastVote, each by a new voter, or the same `request` (hex) where there is no poll. It says
+The requests are those of CastVote, each by a new voter, in each of the `poll_ids` in turn; or the same `request` (hex)
+where there is no poll. It says
 "ready", waits for a line, then calls for some seconds: `concurrent` callers, each with its next call as soon as the
 last one is answered, or, given a `rate`, that many calls per second, whatever the answers. It prints {"calls",
 "seconds", "p50", "p99", "acknowledged"} as JSON. With a rate, a call's time counts from when it was due, so a caller
@@ -12,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from itertools import count
+from itertools import count, cycle
 from typing import Any
 
 import grpc
@@ -25,14 +26,16 @@ from runtime.lifecycle import settle_memory
 async def main() -> None:
     orders = json.loads(sys.stdin.readline())
     voters = count(orders["first"])
-    template = pb.CastVoteRequest(poll_id=orders["poll_id"], option_ids=["yes"]).SerializeToString()
+    templates = cycle(
+        pb.CastVoteRequest(poll_id=poll_id, option_ids=["yes"]).SerializeToString() for poll_id in orders["poll_ids"]
+    )
     same = bytes.fromhex(orders["request"])
 
     def request() -> bytes:
-        if not orders["poll_id"]:
+        if not orders["poll_ids"]:
             return same
         # Messages one after the other are read as one.
-        return template + pb.CastVoteRequest(voter_id=f"voter-{next(voters):012}").SerializeToString()
+        return next(templates) + pb.CastVoteRequest(voter_id=f"voter-{next(voters):012}").SerializeToString()
 
     times: list[float] = []
     answers: list[tuple[float, bytes]] = []

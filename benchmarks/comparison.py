@@ -24,7 +24,7 @@ async def run(stage: Stage, effort: Effort) -> list[Figure]:
         await stage.sql("INSERT INTO plain_counters VALUES ($1, 'yes', 0)", plain_poll)
 
         async def singly() -> float:
-            calls = await unary.call(server, unary.METHOD, effort.seconds, poll_id=poll_id, concurrent=CONCURRENT)
+            calls = await unary.call(server, unary.METHOD, effort.seconds, poll_ids=[poll_id], concurrent=CONCURRENT)
             return calls.per_second
 
         async def one_by_one() -> float:

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from itertools import count
 from typing import Any
 
+# An answer is a line of at most so many bytes.
+_ANSWER_BYTES = 16 << 20
+
 # Each order has voters of its own: a million of them.
 _voters = count(step=1_000_000)
 
@@ -26,7 +29,9 @@ class Driver:
     async def prepare(cls, module: str, orders: Mapping[str, object]) -> "Driver":
         """Starts `python -m module`, hands it its orders as JSON, and returns when it is ready."""
         pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(sys.executable, "-m", module, stdin=pipe, stdout=pipe)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", module, stdin=pipe, stdout=pipe, limit=_ANSWER_BYTES
+        )
         assert process.stdin
         assert process.stdout
         process.stdin.write(json.dumps(orders).encode() + b"\n")

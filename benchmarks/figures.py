@@ -27,6 +27,8 @@ class Effort(NamedTuple):
     big_poll: int
     # How many watch a poll in a crowd.
     watchers: int
+    # How many polls are called many.
+    many_polls: tuple[int, ...]
 
 
 @dataclass(frozen=True)

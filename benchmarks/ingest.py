@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from random import Random
 from typing import NamedTuple
 
@@ -35,16 +35,24 @@ async def open_poll(address: str) -> str:
     return poll.poll_id
 
 
-def orders(address: str, poll_id: str, votes: int, first: int, repeated: int | None = None) -> dict[str, object]:
-    """What benchmarks.load shall send: votes of voters from `first` on, and one in a hundred of `repeated` again."""
-    assert votes % BATCH_VOTES == 0, f"votes come in batches of {BATCH_VOTES}"
-    place = {"address": address, "poll_id": poll_id}
-    return {**place, "votes": votes, "batch": BATCH_VOTES, "streams": 3, "first": first, "repeated": repeated}
+def orders(
+    address: str,
+    poll_ids: Sequence[str],
+    votes: int,
+    first: int,
+    repeated: int | None = None,
+    batch: int = BATCH_VOTES,
+) -> dict[str, object]:
+    """What benchmarks.load sends: votes of voters from `first` on, and one in a hundred of `repeated` again, in
+    requests of `batch` votes for one poll after the other."""
+    assert votes % batch == 0, f"votes come in batches of {batch}"
+    place = {"address": address, "poll_ids": list(poll_ids)}
+    return {**place, "votes": votes, "batch": batch, "streams": 3, "first": first, "repeated": repeated}
 
 
 async def cast(address: str, poll_id: str, votes: int) -> float:
     """Votes per second that a caller in another process gets acknowledged; every voter is new."""
-    answer = await drive(LOAD, orders(address, poll_id, votes, new_voters()))
+    answer = await drive(LOAD, orders(address, [poll_id], votes, new_voters()))
     assert answer["accepted"] == votes, answer
     return float(votes / answer["seconds"])
 
@@ -122,7 +130,7 @@ async def grow(stage: Stage, effort: Effort) -> list[Figure]:
 
         # No checkpoint before each part: it would make the big poll write whole pages more often than by itself.
         async def into(poll_id: str) -> Cost:
-            return await _cost(stage, server, orders(server.address, poll_id, slice_votes, new_voters()), slice_votes)
+            return await _cost(stage, server, orders(server.address, [poll_id], slice_votes, new_voters()), slice_votes)
 
         async def into_new() -> Cost:
             return await into(await open_poll(server.address))
@@ -143,9 +151,9 @@ async def repeat(stage: Stage, effort: Effort) -> list[Figure]:
             clean, votes = new_voters(), effort.votes
             # Only a vote with the key of the recorded one is a repeat of it.
             key = {"idempotency_key": "a key of the benchmarks"}
-            load = orders(server.address, poll_id, votes, clean) | key
+            load = orders(server.address, [poll_id], votes, clean) | key
             limits.append(await _cost(stage, server, load, votes))
-            load = orders(server.address, poll_id, votes, new_voters(), repeated=clean) | key
+            load = orders(server.address, [poll_id], votes, new_voters(), repeated=clean) | key
             costs.append(await _cost(stage, server, load, votes - votes // 100))
     return _costs("repeats", costs, limits, baseline_name="clean batches", bound=3.0)
 

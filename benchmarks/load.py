@@ -1,8 +1,8 @@
 """A caller of CastVotes in a process of its own: `python -m benchmarks.load` with its orders as JSON on stdin.
 
-It prepares all requests as bytes, says "ready", waits for a line, sends them over several streams, and prints what was
-answered as JSON: {"accepted", "already_recorded", "rejected", "seconds", "acknowledged"}. The last is when
-(time.perf_counter) which version was.
+It prepares all requests as bytes, one for each of the `poll_ids` in turn, says "ready", waits for a line, sends them
+over several streams, and prints what was answered as JSON: {"accepted", "already_recorded", "rejected", "seconds",
+"acknowledged"}. The last is when (time.perf_counter) which version was.
 """
 
 import asyncio
@@ -24,6 +24,7 @@ METHOD = "/tally.command.v1.CommandService/CastVotes"
 async def main() -> None:
     orders = json.loads(sys.stdin.readline())
     streams: list[list[bytes]] = [[] for _ in range(orders["streams"])]
+    polls: list[str] = orders["poll_ids"]
     size, first, repeated = orders["batch"], orders["first"], orders["repeated"]
     for number in range(orders["votes"] // size):
         voters = range(number * size, (number + 1) * size)
@@ -37,7 +38,7 @@ async def main() -> None:
         ]
         request = pb.CastVotesRequest(
             batch_sequence=number,
-            poll_id=orders["poll_id"],
+            poll_id=polls[number % len(polls)],
             votes=votes,
             idempotency_key=orders.get("idempotency_key", ""),
         )

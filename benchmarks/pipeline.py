@@ -124,7 +124,7 @@ async def _together(stage: Stage, server: Server, ends: "_Ends", votes: int) -> 
         stores = {name: getattr(stage.stores, f"{name}_process") for name in ("postgres", "nats", "redis")}
         pids = {"command_server": server.pid} | {name: pid_of(each) for name, each in (processes | stores).items()}
         poll_id = await open_poll(server.address)
-        driver = await Driver.prepare(LOAD, orders(server.address, poll_id, votes, new_voters()))
+        driver = await Driver.prepare(LOAD, orders(server.address, [poll_id], votes, new_voters()))
         before = {name: cpu_seconds(pid) for name, pid in pids.items()}
         started = time.perf_counter()
         assert (await driver.go())["accepted"] == votes

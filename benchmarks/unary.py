@@ -1,6 +1,7 @@
 """CastVote, a vote at a time: calls per second, processor time and latency."""
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -34,18 +35,18 @@ def orders(
     method: str,
     seconds: float,
     *,
-    poll_id: str = "",
+    poll_ids: Sequence[str] = (),
     request: bytes = b"",
     concurrent: int = 0,
     rate: float = 0.0,
     acknowledged: bool = False,
 ) -> dict[str, object]:
-    """What benchmarks.calls shall do: call with votes in a poll, or with the same request."""
+    """What benchmarks.calls shall do: call with votes in polls, or with the same request."""
     return {
         "address": server.address,
         "method": method,
         "seconds": seconds,
-        "poll_id": poll_id,
+        "poll_ids": list(poll_ids),
         "first": new_voters(),
         "request": request.hex(),
         "concurrent": concurrent,
@@ -71,11 +72,11 @@ async def run(stage: Stage, effort: Effort) -> list[Figure]:
     await stage.clear()
     async with stage.server("command_server") as server, stage.server("benchmarks.servers", "empty") as empty:
         poll_id = await open_poll(server.address)
-        await call(server, METHOD, effort.seconds, poll_id=poll_id, concurrent=CONCURRENT[0])
+        await call(server, METHOD, effort.seconds, poll_ids=[poll_id], concurrent=CONCURRENT[0])
         for concurrent in CONCURRENT:
             ours, limits = await take_turns(
                 effort.rounds,
-                partial(call, server, METHOD, effort.seconds, poll_id=poll_id, concurrent=concurrent),
+                partial(call, server, METHOD, effort.seconds, poll_ids=[poll_id], concurrent=concurrent),
                 partial(call, empty, servers.METHOD, effort.seconds, concurrent=concurrent),
             )
             figures += [
@@ -100,7 +101,7 @@ async def run(stage: Stage, effort: Effort) -> list[Figure]:
         half = figures[0].value / 2
         ours, empties, commits = await take_turns(
             effort.rounds,
-            lambda: call(server, METHOD, effort.seconds, poll_id=poll_id, rate=half),
+            lambda: call(server, METHOD, effort.seconds, poll_ids=[poll_id], rate=half),
             lambda: call(empty, servers.METHOD, effort.seconds, rate=half),
             lambda: commit(stage.write_dsn, effort.seconds),
         )

@@ -184,11 +184,11 @@ async def _delays(stage: Stage, effort: Effort) -> list[Figure]:
             async with stage.service(*RELAY), stage.service(*LIVE), stage.service(*VIEWS):
                 poll_id = await ingest.open_poll(commands.address)
                 calls = unary.orders(
-                    commands, unary.METHOD, effort.seconds, poll_id=poll_id, rate=_VOTES, acknowledged=True
+                    commands, unary.METHOD, effort.seconds, poll_ids=[poll_id], rate=_VOTES, acknowledged=True
                 )
                 ordinary.append(await _delay(commands, queries, poll_id, unary.CALLS, calls))
                 poll_id = await ingest.open_poll(commands.address)
-                load = ingest.orders(commands.address, poll_id, effort.votes, new_voters())
+                load = ingest.orders(commands.address, [poll_id], effort.votes, new_voters())
                 at_full_ingest.append(await _delay(commands, queries, poll_id, ingest.LOAD, load))
     return [
         figure(
