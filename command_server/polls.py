@@ -1,29 +1,38 @@
 """What taking votes needs to know of each poll, kept in memory."""
 
 import asyncio
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from uuid import UUID
 
 import asyncpg
+from tally.poll.v1.error_reason_pb2 import ErrorReason
 from tally.poll.v1.poll_pb2 import PollSpec
 
 from command_server import ballots
 from command_server.poll import OPEN, choose, has_roll
-from contracts.refusals import poll_not_found
+from contracts.refusals import Refusal, poll_not_found
 from runtime.postgres import POOL_SECONDS, patiently, queries
+from runtime.wire import Pauses
 
 sql = queries(__package__)
 
 # The most options of all polls that are remembered: with its part of a poll, an option has some 600 bytes.
 OPTIONS = 50_000
 PATIENCE_SECONDS = 5.0
-# How long a poll that is not open, or does not exist, is not read again, how many of these are remembered, and how many
-# connections read polls at once.
+# How long a poll that is not open, or does not exist, is not read again, and how many of these are remembered.
 NOT_OPEN_SECONDS = 0.5
 _NOT_OPEN = 1_000
-_CONNECTIONS = 2
+# The most polls of one read, and the bytes of their specs after which it leaves the others to the next one.
+READ_POLLS = 500
+READ_BYTES = 1 << 18
+# The next read begins so many seconds after the one before at the earliest: it reads what was asked for meanwhile.
+READ_PAUSE_SECONDS = 0.01
+# One attempt to read, in seconds.
+_ATTEMPT_SECONDS = 2.0
+# The most calls that wait for polls to be read.
+WAITING = 10_000
 
 
 class Poll(NamedTuple):
@@ -52,7 +61,8 @@ class Poll(NamedTuple):
 
 class Polls:
     """Looks polls up by id. An open poll's options cannot change, so it is remembered; one that is not open, or that
-    does not exist, for a moment: a crowd that comes too early or too late is one read.
+    does not exist, for a moment: a crowd that comes too early or too late is one read. Polls that are asked for while
+    others are read are read together.
 
     That an open poll was closed in the meantime is found by the statement that logs the votes; `forget` it then. What
     changed a poll at this server says so by `changed`.
@@ -65,9 +75,11 @@ class Polls:
         self._options = 0
         # Polls that are not open, None for those that do not exist, and when each is to be read again; oldest first.
         self._not_open: OrderedDict[str, tuple[float, Poll | None]] = OrderedDict()
-        # Polls that are being read, once for all who ask.
-        self._reading: dict[str, asyncio.Task[Poll | None]] = {}
-        self._connections = asyncio.Semaphore(_CONNECTIONS)
+        # The answers to come for those who ask now, and the polls of which no read has begun, with theirs.
+        self._answers: dict[str, asyncio.Future[Poll | None]] = {}
+        self._unread: deque[_Asked] = deque()
+        self._reading: asyncio.Task[None] | None = None
+        self._waiting = 0
 
     def known(self, poll_id: str) -> Poll | None:
         """The poll, if it is remembered: then `poll_id` is a UUID, in its usual spelling."""
@@ -77,22 +89,25 @@ class Polls:
         return poll
 
     async def find(self, poll_id: str) -> Poll:
-        """The poll, or POLL_NOT_FOUND. `poll_id` is a UUID as the caller wrote it."""
+        """The poll, or POLL_NOT_FOUND; OVERLOADED where too many calls wait for polls. `poll_id` is a UUID in any
+        spelling."""
         uuid = UUID(poll_id)
-        poll = self.known(str(uuid))
+        key = str(uuid)
+        poll = self.known(key)
         if poll is not None:
             return poll
-        key = str(uuid)
-        now = asyncio.get_running_loop().time()
         until, found = self._not_open.get(key, (0.0, None))
-        if until <= now:
-            reading = self._reading.get(key)
-            if reading is None:
-                reading = self._reading[key] = asyncio.create_task(self._look_up(uuid, key))
-                # Whoever waits hears of a failure; it is no defect where all of them have gone.
-                reading.add_done_callback(lambda task: task.cancelled() or task.exception())
-            # Others may wait for it when this caller has gone.
-            found = await asyncio.shield(reading)
+        if until <= asyncio.get_running_loop().time():
+            if self._waiting >= WAITING:
+                raise Refusal(
+                    ErrorReason.ERROR_REASON_OVERLOADED, "too many calls wait for polls to be read; try again"
+                )
+            self._waiting += 1
+            try:
+                # Others may wait for it when this caller has gone.
+                found = await asyncio.shield(self._answers.get(key) or self._ask(uuid, key))
+            finally:
+                self._waiting -= 1
         if found is None:
             raise poll_not_found(poll_id)
         return found
@@ -100,23 +115,59 @@ class Polls:
     def changed(self, poll_id: UUID) -> None:
         """A command has changed a poll: what was read before, or is being read, is not told to anybody who asks now."""
         self._not_open.pop(str(poll_id), None)
-        self._reading.pop(str(poll_id), None)
+        self._answers.pop(str(poll_id), None)
 
-    async def _look_up(self, poll_id: UUID, key: str) -> Poll | None:
-        this = asyncio.current_task()
+    def _ask(self, poll_id: UUID, key: str) -> asyncio.Future[Poll | None]:
+        """Lets a poll be read; the answer to come."""
+        answer: asyncio.Future[Poll | None] = asyncio.get_running_loop().create_future()
+        # The callers hear of a failure; it is no defect where all of them have gone.
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._answers[key] = answer
+        self._unread.append(_Asked(poll_id, key, answer))
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._read_all())
+        return answer
+
+    async def _read_all(self) -> None:
+        """Reads until there is nothing left to read."""
         try:
-            async with asyncio.timeout(PATIENCE_SECONDS), self._connections:
-                row = await patiently(lambda: self._read(poll_id), PATIENCE_SECONDS)
-            poll = _poll(poll_id, row) if row else None
-            if self._reading.get(key) is this:
-                if poll and poll.state == OPEN:
-                    self._remember(poll)
-                else:
-                    self._remember_not_open(key, poll)
-            return poll
+            while self._unread:
+                asked = [self._unread.popleft() for _ in range(min(len(self._unread), READ_POLLS))]
+                try:
+                    await self._read_some(asked)
+                except Exception as error:  # noqa: BLE001 - the callers are told
+                    for each in asked:
+                        self._end(each, error)
+                await asyncio.sleep(READ_PAUSE_SECONDS)
         finally:
-            if self._reading.get(key) is this:
-                del self._reading[key]
+            self._reading = None
+
+    async def _read_some(self, asked: "list[_Asked]") -> None:
+        rows = await patiently(lambda: self._read([each.poll_id for each in asked]), PATIENCE_SECONDS)
+        found = {row["poll_id"]: row for row in rows}
+        pauses = Pauses()
+        for each in asked:
+            row = found.get(each.poll_id)
+            if row and row["spec"] is None:
+                self._unread.appendleft(each)
+                continue
+            self._end(each, _poll(each.poll_id, row) if row else None)
+            await pauses.pause()
+
+    def _end(self, asked: "_Asked", outcome: Poll | Exception | None) -> None:
+        """Tells those who asked for a poll; if it has not changed meanwhile, it is remembered."""
+        if self._answers.get(asked.key) is asked.answer:
+            del self._answers[asked.key]
+            if isinstance(outcome, Poll) and outcome.state == OPEN:
+                self._remember(outcome)
+            elif not isinstance(outcome, Exception):
+                self._remember_not_open(asked.key, outcome)
+        if asked.answer.done():
+            return
+        if isinstance(outcome, Exception):
+            asked.answer.set_exception(outcome)
+        else:
+            asked.answer.set_result(outcome)
 
     def _remember_not_open(self, key: str, poll: Poll | None) -> None:
         self._not_open.pop(key, None)
@@ -132,14 +183,22 @@ class Polls:
         while self._options > OPTIONS:
             self.forget(next(iter(self._open.values())))
 
-    async def _read(self, poll_id: UUID) -> asyncpg.Record | None:
-        async with self._pool.acquire(timeout=POOL_SECONDS) as connection:
-            return await connection.fetchrow(sql.find_poll, poll_id)
+    async def _read(self, poll_ids: list[UUID]) -> list[asyncpg.Record]:
+        async with asyncio.timeout(_ATTEMPT_SECONDS), self._pool.acquire(timeout=POOL_SECONDS) as connection:
+            return list(await connection.fetch(sql.find_polls, poll_ids, READ_BYTES))
 
     def forget(self, poll: Poll) -> None:
         """Look the poll up again next time."""
         if known := self._open.pop(str(poll.poll_id), None):
             self._options -= len(known.markings)
+
+
+class _Asked(NamedTuple):
+    """A poll that is to be read, and the answer to come."""
+
+    poll_id: UUID
+    key: str
+    answer: asyncio.Future[Poll | None]
 
 
 def _poll(poll_id: UUID, row: asyncpg.Record) -> Poll:

@@ -56,8 +56,14 @@ WITH poll AS (
 )
 SELECT version FROM poll
 
--- find_poll: what taking votes, and registering voters, needs to know of a poll
+-- find_poll: what registering voters needs to know of a poll
 SELECT poll_no, state, spec FROM polls WHERE poll_id = $1
+
+-- find_polls: what taking votes needs to know of polls; no spec where those before it have a number of bytes already
+SELECT poll_id, poll_no, state,
+    CASE WHEN coalesce(sum(octet_length(spec)) OVER before, 0) < $2 THEN spec END AS spec
+FROM polls WHERE poll_id = ANY ($1::uuid[])
+WINDOW before AS (ORDER BY poll_no ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)
 
 -- poll_states: why polls take no votes
 SELECT poll_no, state FROM polls WHERE poll_no = ANY ($1::integer[])

@@ -463,9 +463,9 @@ class TestRemembered:
         seen: list[str] = []
         read = polls.Polls._read
 
-        async def reading(self: polls.Polls, poll_id: UUID) -> Any:
-            seen.append(str(poll_id))
-            return await read(self, poll_id)
+        async def reading(self: polls.Polls, poll_ids: list[UUID]) -> Any:
+            seen.extend(map(str, poll_ids))
+            return await read(self, poll_ids)
 
         monkeypatch.setattr(polls.Polls, "_read", reading)
         return seen
