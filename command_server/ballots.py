@@ -265,6 +265,10 @@ def voters(event: VotesCast) -> list[bytes]:
 
 
 def _single_choices(batch_id: int, columns: bytes, votes: int) -> VotesCast:
+    if votes == 1:
+        # As most events where many polls have votes: slices with a stride would take ten times as long.
+        number = int.from_bytes(columns[-_CHOICE_BYTES:])
+        return VotesCast(batch_id=batch_id, voter_keys=columns[:KEY_BYTES], option_numbers=[number])
     keys = bytearray(KEY_BYTES * votes)
     for place in range(KEY_BYTES):
         keys[place::KEY_BYTES] = columns[place::_SINGLE_BYTES]

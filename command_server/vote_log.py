@@ -329,17 +329,20 @@ class VoteLog:
         failpoint("command.after_commit")
         outcomes = {row["batch_id"]: row for row in rows}
         recorded = {}
+        votes = 0
         for batch, cast, _ in new:
             row = outcomes[batch.batch_id]
             if row["outcome"] == "recorded":
                 recorded[batch] = _recorded(row)
-                _count(len(cast))
+                votes += len(cast)
             elif row["outcome"] == "repeated":
                 self._expect_repeats(batch)
             elif row["outcome"] == "locked":
                 batch.lock = Lock.POLL
             else:
                 self._close(batch)
+        if votes:
+            _count(votes)
         return recorded
 
     async def _replace_some(self, connection: asyncpg.Connection, batch: Batch) -> None:
