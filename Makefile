@@ -45,7 +45,7 @@ test: setup ## unit, integration and contract tests against real servers
 quickstarts: setup ## run the quick starts in examples/ against a running Tally; needs node and npm
 	python -m pytest examples
 
-check-wheel: setup ## install Tally as a wheel with another Python, outside the checkout, and count votes with it
+check-wheel: setup ## install Tally as a wheel with another Python, with and without a C compiler, and count votes
 	python tools/check_wheel.py
 
 fuzz: setup ## fuzz the compiled code with sanitizers, for SECONDS (60)

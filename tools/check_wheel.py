@@ -1,20 +1,23 @@
 """Installs Tally as a wheel outside the checkout, and counts votes with it.
 
-    python tools/check_wheel.py [PYTHON ...]
+    python tools/check_wheel.py [--all | PYTHON ...]
 
-For each Python: a new virtual environment, the wheel with the dependencies that it names, `tally up` in an empty
-folder, a poll, votes, the results. Without arguments it takes one other Python than this one, of 3.11 to 3.14, from
-PATH or pyenv; where there is none, it fails, because nothing was shown.
+For each Python, two wheels: one built with a C compiler, and one without, which must count the same and say once
+that it is slower. Each is installed with the dependencies that it names; then `tally up` in an empty folder, a
+poll, votes, the results. Without arguments it takes one other Python than this one, of 3.11 to 3.14, from PATH or
+pyenv, with --all the newest of each of these versions; where there is none, it fails, because nothing was shown.
 """
 
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,19 +26,25 @@ _START_SECONDS = 120.0
 _COMMAND_SECONDS = 60.0
 
 
-def others() -> list[str]:
-    """One Python of another version than this one."""
+def found() -> list[str]:
+    """A Python of each version that is on this machine, the newest version first."""
     places = [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep)]
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    pythons = []
     for version in VERSIONS:
-        if platform.python_version().startswith(f"{version}."):
-            continue
-        found = [place / f"python{version}" for place in places]
-        found += sorted(pyenv.glob(f"{version}.*/bin/python"))
-        for python in found:
-            if python.exists() and _version(str(python)).startswith(f"{version}."):
-                return [str(python)]
-    sys.exit(f"there is no other Python of {', '.join(VERSIONS)} to try the wheel with: install one, or name it")
+        candidates = [*sorted(pyenv.glob(f"{version}.*/bin/python")), *(place / f"python{version}" for place in places)]
+        fit = (str(each) for each in candidates if each.exists() and _version(str(each)).startswith(f"{version}."))
+        pythons += [python for python in [next(fit, None)] if python]
+    return pythons
+
+
+def others() -> list[str]:
+    """One Python of another version than this one."""
+    this = platform.python_version().rpartition(".")[0]
+    other = [python for python in found() if not _version(python).startswith(f"{this}.")]
+    if not other:
+        sys.exit(f"there is no other Python of {', '.join(VERSIONS)} to try the wheel with: install one, or name it")
+    return other[:1]
 
 
 def _version(python: str) -> str:
@@ -43,68 +52,83 @@ def _version(python: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_COMMAND_SECONDS).stdout.strip()
 
 
-def check(python: str, wheel: Path) -> None:
-    """Raises CalledProcessError, TimeoutExpired or AssertionError where something does not work."""
-    version = _version(python)
-    with tempfile.TemporaryDirectory(prefix="tally-wheel-") as folder:
-        here = Path(folder)
+def build(python: str, source: Path, folder: Path, compiler: str) -> Path:
+    """The wheel that this Python builds of a copy of the checkout, with this C compiler."""
+    wheel = [python, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    ignored = shutil.ignore_patterns(".git", ".venv", ".tally", "build", "node_modules", "*.so", "*.egg-info")
+    with tempfile.TemporaryDirectory(prefix="tally-source-") as copy:
+        # A copy, so that nothing that an earlier build compiled gets into this wheel.
+        shutil.copytree(source, copy, ignore=ignored, dirs_exist_ok=True)
+        subprocess.run([*wheel, "--wheel-dir", str(folder), copy], check=True, env=os.environ | {"CC": compiler})
+    [built] = folder.glob("*.whl")
+    return built
+
+
+def check(python: str, wheel: Path, here: Path, compiled: bool) -> None:
+    """Installs the wheel into `here`/venv and votes; raises CalledProcessError, TimeoutExpired or AssertionError."""
+    in_wheel = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert bool(in_wheel) == compiled, f"{wheel.name} has {in_wheel or 'nothing compiled'}"
+    binaries = here / "venv" / "bin"
+    pip = [str(binaries / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    if not binaries.exists():
         subprocess.run([python, "-m", "venv", str(here / "venv")], check=True)
-        binaries = here / "venv" / "bin"
-        pip = [str(binaries / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, str(wheel)], check=True)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("TALLY_", "PYTHON"))}
-        environment |= {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "HOME": folder}
+    else:
+        subprocess.run([*pip, "--no-deps", "--force-reinstall", str(wheel)], check=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TALLY_", "PYTHON"))}
+    environment |= {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "HOME": str(here)}
+    data = here / ("compiled" if compiled else "python")
 
-        def tally(*arguments: str) -> str:
-            command = [str(binaries / "tally"), *arguments]
-            done = subprocess.run(
-                command,
-                cwd=here,
-                env=environment,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=_COMMAND_SECONDS,
-            )
-            assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
-            return done.stdout
-
-        said = tally("--version").strip()
-        up = subprocess.Popen(
-            [str(binaries / "tally"), "up", "--command-port", "0", "--query-port", "0"], cwd=here, env=environment
+    def tally(*arguments: str) -> str:
+        command = [str(binaries / "tally"), *arguments]
+        command += ["--data-dir", str(data)] if arguments != ("--version",) else []
+        done = subprocess.run(
+            command, cwd=here, env=environment, capture_output=True, text=True, check=False, timeout=_COMMAND_SECONDS
         )
-        try:
-            deadline = time.monotonic() + _START_SECONDS
-            while not (here / ".tally" / "run.json").exists():
-                assert up.poll() is None, f"tally up ended with {up.returncode}"
-                assert time.monotonic() < deadline, "tally up does not come up"
-                time.sleep(0.1)
-            options = ("--option", "pizza=Pizza", "--option", "soup=Soup")
-            poll = json.loads(tally("poll", "create", "--title", "Lunch?", *options, "--open", "--output", "json"))
-            poll_id = poll["poll_id"]
-            for voter, option in (("ada", "pizza"), ("bob", "pizza"), ("eve", "soup")):
-                cast = json.loads(tally("vote", poll_id, voter, option, "--output", "json"))
-            token = cast["consistency_token"]
-            shown = json.loads(tally("results", poll_id, "--at-least-as-fresh", token, "--output", "json"))
-            counts = {count["option_id"]: count["count"] for count in shown["results"]["counts"]}
-            assert counts == {"pizza": 2, "soup": 1}, counts
-        finally:
-            up.send_signal(signal.SIGTERM)
-            up.wait(_COMMAND_SECONDS)
-        print(f"Python {version}: {said} works from {wheel.name}, outside the checkout")
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+        return done.stdout
+
+    said = tally("--version").strip()
+    up = subprocess.Popen(
+        [str(binaries / "tally"), "up", "--data-dir", str(data), "--command-port", "0", "--query-port", "0"],
+        cwd=here,
+        env=environment,
+    )
+    try:
+        deadline = time.monotonic() + _START_SECONDS
+        while not (data / "run.json").exists():
+            assert up.poll() is None, f"tally up ended with {up.returncode}"
+            assert time.monotonic() < deadline, "tally up does not come up"
+            time.sleep(0.1)
+        options = ("--option", "pizza=Pizza", "--option", "soup=Soup")
+        poll = json.loads(tally("poll", "create", "--title", "Lunch?", *options, "--open", "--output", "json"))
+        poll_id = poll["poll_id"]
+        for voter, option in (("ada", "pizza"), ("bob", "pizza"), ("eve", "soup")):
+            cast = json.loads(tally("vote", poll_id, voter, option, "--output", "json"))
+        token = cast["consistency_token"]
+        shown = json.loads(tally("results", poll_id, "--at-least-as-fresh", token, "--output", "json"))
+        counts = {count["option_id"]: count["count"] for count in shown["results"]["counts"]}
+        assert counts == {"pizza": 2, "soup": 1}, counts
+    finally:
+        up.send_signal(signal.SIGTERM)
+        up.wait(_COMMAND_SECONDS)
+    [log] = data.rglob("command_server.log")
+    warnings = log.read_text().count("was not compiled")
+    assert warnings == (0 if compiled else 1), f"the log says {warnings} times that the C code was not compiled"
+    how = "compiled" if compiled else "without a C compiler"
+    print(f"Python {_version(python)}: {said} works from {wheel.name}, {how}, outside the checkout")
 
 
 def main() -> None:
-    """Builds the wheel and checks it with each Python."""
-    pythons = sys.argv[1:] or others()
-    with tempfile.TemporaryDirectory(prefix="tally-build-") as folder:
-        for python in pythons:
-            # For each of its own: the compiled module is for one version.
-            target = Path(folder) / _version(python)
-            build = [python, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            subprocess.run([*build, "--wheel-dir", str(target), str(ROOT)], check=True)
-            [wheel] = target.glob("*.whl")
-            check(python, wheel)
+    """Builds the wheels and checks them with each Python."""
+    arguments = sys.argv[1:]
+    pythons = found() if arguments == ["--all"] else arguments or others()
+    for python in pythons:
+        with tempfile.TemporaryDirectory(prefix="tally-wheel-") as folder:
+            here = Path(folder)
+            for compiled, compiler in ((True, "cc"), (False, "false")):
+                wheel = build(python, ROOT, here / compiler, compiler)
+                check(python, wheel, here, compiled)
 
 
 if __name__ == "__main__":
