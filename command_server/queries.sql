@@ -117,11 +117,15 @@ WHERE vote.ballot_key = ANY ($1::uuid[])
 -- find_batch: the event of a batch, if it was recorded
 SELECT version, recorded_at, payload, log_epoch FROM events, current_log_epoch WHERE batch_id = $1
 
--- register_voters: those voters who are not on the roll yet; sorted by key, so that two batches never deadlock
-INSERT INTO roll (weight, ballot_key)
-SELECT weight, ballot_key FROM unnest($1::integer[], $2::uuid[]) AS voter (weight, ballot_key)
-ON CONFLICT DO NOTHING
-RETURNING weight
+-- register_voters: adds those voters who are not on the roll yet: how many, and their weight; sorted by key, so that two
+-- batches never deadlock
+WITH added AS (
+    INSERT INTO roll (weight, ballot_key)
+    SELECT weight, ballot_key FROM unnest($1::integer[], $2::uuid[]) AS voter (weight, ballot_key)
+    ON CONFLICT DO NOTHING
+    RETURNING weight
+)
+SELECT count(*) AS voters, coalesce(sum(weight), 0) AS weight FROM added
 
 -- count_other_weights: how many of these voters are on the roll with another weight
 SELECT count(*) FROM unnest($1::integer[], $2::uuid[]) AS voter (weight, ballot_key) JOIN roll USING (ballot_key)

@@ -18,6 +18,8 @@ sql = queries(__package__)
 
 _REGISTER_SECONDS = 30.0
 _CONNECTIONS = 2
+# Voters of one statement: to make the arrays of many more would hold the event loop.
+_VOTERS = 2_000
 
 
 class Registered(NamedTuple):
@@ -46,13 +48,19 @@ class Roll:
             poll = await connection.fetchrow(sql.find_poll, poll_id)
             if poll is None:
                 raise poll_not_found(poll_id)
-            voters = [weights[key] for key in keys], [ballot_key(poll["poll_no"], key) for key in keys]
-            rows = await connection.fetch(sql.register_voters, *voters)
-            others = await connection.fetchval(sql.count_other_weights, *voters) if len(rows) < len(keys) else 0
+            added = total_weight = others = 0
+            for begin in range(0, len(keys), _VOTERS):
+                piece = keys[begin : begin + _VOTERS]
+                voters = [weights[key] for key in piece], [ballot_key(poll["poll_no"], key) for key in piece]
+                new = await connection.fetchrow(sql.register_voters, *voters)
+                if new["voters"] < len(piece):
+                    others += await connection.fetchval(sql.count_other_weights, *voters)
+                added += new["voters"]
+                total_weight += new["weight"]
             locked = await lock(connection, poll_id)
             # Also where nothing was added: the decision says whether this poll has a roll, and takes voters now.
-            change = register_voters(len(rows), sum(row["weight"] for row in rows))(locked.poll)
-            version = await append(connection, locked, change) if rows else locked.version
-            return Registered(len(rows), others, version, locked.log_epoch)
+            change = register_voters(added, total_weight)(locked.poll)
+            version = await append(connection, locked, change) if added else locked.version
+            return Registered(added, others, version, locked.log_epoch)
 
         return await self._turns.take([("poll", poll_id)], add, _REGISTER_SECONDS, self._connections)

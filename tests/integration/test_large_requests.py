@@ -3,10 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from hashlib import blake2b
 from time import perf_counter
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
+import asyncpg
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
@@ -20,7 +22,10 @@ from tally.poll.v1.poll_pb2 import (
     PollSpec,
 )
 
+from command_server.roll import Roll
+from command_server.turns import Turns
 from runtime.serving import MAX_REQUEST_BYTES
+from tests.pauses import longest_hold
 from tests.servers import command_channel, refused
 
 # What a busy machine makes of 20 ms; each request here took a second or more when it was read and checked at once.
@@ -119,6 +124,28 @@ async def test_the_largest_roll_requests_take_their_time(write_dsn: str) -> None
             request = pb.RegisterVotersRequest(poll_id=poll_id, voters=whole)
             assert (await server.RegisterVoters(iter([request]))).registered == 20_000
         assert lag[0] < MOST_SECONDS
+
+
+async def test_a_roll_is_written_in_pieces(write_dsn: str) -> None:
+    async with command_channel(write_dsn) as channel:
+        poll = spec(OPTIONS[:2], eligibility=ELIGIBILITY_ROLL)
+        poll_id = UUID((await CommandServiceStub(channel).CreatePoll(pb.CreatePollRequest(poll=poll))).poll_id)
+    # More than a request may have, so that one piece would be far too long: 0.1 s of the processor.
+    keys = sorted(blake2b(f"{n}".encode(), digest_size=16).digest() for n in range(100_000))
+    weights = {key: n % 7 + 1 for n, key in enumerate(keys)}
+    async with asyncpg.create_pool(write_dsn, min_size=1, max_size=1) as pool:
+        roll = Roll(Turns(pool))
+        half = await roll.register(poll_id, dict(list(weights.items())[::2]))
+        registering = asyncio.ensure_future(
+            roll.register(poll_id, {key: weight + 1 for key, weight in weights.items()})
+        )
+        assert await longest_hold(registering) < 0.05
+        registered = registering.result()
+        rows = await pool.fetchrow("SELECT count(*) AS voters, sum(weight) AS weight FROM roll")
+    assert (half.voters, registered.voters, registered.other_weights) == (50_000, 50_000, 50_000)
+    assert rows["voters"] == 100_000
+    firsts = sum(list(weights.values())[::2])
+    assert rows["weight"] == firsts + sum(list(weights.values())[1::2]) + 50_000
 
 
 @pytest.mark.parametrize(
