@@ -21,6 +21,7 @@ import grpc
 import psutil
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
+from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 from tally.command.v1 import command_service_pb2 as pb
 from tally.command.v1.command_service_pb2_grpc import CommandServiceStub
@@ -774,11 +775,13 @@ async def test_a_stream_that_is_not_read_holds_up_no_other(
             yield batch
 
     unread = server.CastVotes(counted(batch(poll_id, *((f"{n}", "sun") for n in range(20_000))), 60))
-    seen = -1
+    seen, looks = -1, 0
     async with asyncio.timeout(60):
-        while sent[0] > seen:
+        # Its share of bytes is under way, and no more comes.
+        while (held := REGISTRY.get_sample_value("tally_stream_bytes_in_flight") or 0.0) < 1 << 20 or looks < 50:
+            looks = looks + 1 if held >= 1 << 20 and sent[0] == seen else 0
             seen = sent[0]
-            await asyncio.sleep(1)
+            await asyncio.sleep(0.01)
         assert sent[0] < 60, "the stream is held back"
         responses = await cast(server, *(batch(poll_id, (f"voter-{n}", "mon"), sequence=n) for n in range(50)))
     assert [(r.batch_sequence, r.accepted) for r in responses] == [(n, 1) for n in range(50)]
