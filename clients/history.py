@@ -31,7 +31,7 @@ _PAGE = 500
 # Of a bar, in characters.
 _LONGEST_BAR, _SHORTEST_BAR = 40, 4
 _DAY = 86_400
-# An outcome names so many of the options that are tied; one that is older than leader_count may have had more.
+# The most tied options that an outcome names; one that is older than leader_count may have had more.
 _MOST_LEADERS = 10
 _EXPORTED = ("poll_id", "state", "receipt_id", "title", "outcome")
 
@@ -148,7 +148,7 @@ def _told(outcome: Outcome) -> str:
     """What a poll came to, in one line. It names up to ten of the options that are tied, and counts the others."""
     total = f"{outcome.total_votes:,} votes"
     if not outcome.leaders:
-        return f"nobody voted; {total}"
+        return f"no votes; {total}"
     named = [leader.label for leader in outcome.leaders]
     count = f"{outcome.leaders[0].count:,}"
     if len(named) == 1:

@@ -43,10 +43,10 @@ async def read_all(stores: Mapping[str, str]) -> tuple[dict[str, list[DeadLetter
 
 
 async def replay(stores: Mapping[str, str], nats_url: str, polls: Sequence[str] | None, seconds: float) -> Outcome:
-    """Has polls published again from where they stand still, and waits up to `seconds` for what comes of it.
+    """Has polls published again from where they are parked, and waits up to `seconds` for what comes of it.
 
     `polls` are ids or what they begin with; None: all. Raises Failure where a store or NATS does not answer, and where
-    one of the polls does not stand still.
+    one of the polls is not parked.
     """
     before = await _parked(stores)
     if polls is not None:

@@ -9,7 +9,7 @@ from tally.query.v1.query_service_pb2 import Results
 class Base(NamedTuple):
     """What the counts of a poll are shares of."""
 
-    # The sum of all shares that are possible for one option; 0 where nobody voted.
+    # The sum of all shares that are possible for one option; 0 without votes.
     whole: int
     # Its name, as in "shares of the votes".
     name: str
@@ -17,7 +17,7 @@ class Base(NamedTuple):
     weighted: bool
 
     def share(self, count: int) -> float | None:
-        """The part that a count is, from 0 to 1; None where nobody voted."""
+        """The part that a count is, from 0 to 1; None without votes."""
         return count / self.whole if self.whole else None
 
     def percent(self, count: int) -> str:

@@ -17,7 +17,7 @@
 #define BLOCK_BYTES 128
 #define MAX_VOTER_ID_BYTES 256
 #define PERSON_BYTES 16
-/* What a keyed ballot ends with: a length of 4 bytes, and so many of the hash of the voter and the idempotency key. */
+/* What a keyed ballot ends with: a length of 4 bytes, and that many bytes of the hash of the voter and the idempotency key. */
 #define HASH_BYTES 7
 #define MAX_IDEMPOTENCY_KEY_BYTES 64
 /* Options whose marking is at hand without a look into the dict. */

@@ -6,7 +6,7 @@ import unicodedata
 MAX_VOTER_ID = 256
 """Characters (code points) of a voter id."""
 
-# Characters that nobody sees: format characters (category Cf) but those with a shape of their own, what Unicode calls
+# Invisible characters: format characters (category Cf) but those with a shape of their own, what Unicode calls
 # default-ignorable, blank letters, line and paragraph separators. Ranges instead of a look at each category: an id is
 # checked in one pass in C.
 _JOINERS = "\u200c\u200d"
@@ -33,7 +33,7 @@ def voter_id_problem(voter_id: str) -> str:
     """Why this is no voter id, naming the character; empty where it is one.
 
     A voter id has 1 to 256 characters in Unicode normal form C, no white space at its ends, and no control characters
-    or invisible ones anywhere: one person must not be two voters that nobody can tell apart.
+    or invisible ones anywhere: one person must not be two voters that look the same.
     """
     if is_plain_voter_id(voter_id):
         return ""

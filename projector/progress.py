@@ -112,7 +112,7 @@ class Progress:
         self._last_error, self._last_error_at = reason, now()
 
     def made(self, events: int, total: int) -> None:
-        """So many events of about `total` are in the copy that is made anew."""
+        """`events` of about `total` events are in the copy that is made anew."""
         self._lacking = max(total - events, 0)
         if time.monotonic() - self._told_at >= _TELL_SECONDS:
             self._told_at = time.monotonic()

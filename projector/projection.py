@@ -260,7 +260,7 @@ class _Following(Session):
     async def run(
         self, stop: asyncio.Event, begun: Callable[[], None], *, retry: bool, complete: asyncio.Event | None = None
     ) -> None:
-        """Applies events until `stop`; with `retry`, those first at which polls stand still. `begun` is called when
+        """Applies events until `stop`; with `retry`, those first at which polls are parked. `begun` is called when
         events are applied; `complete` is set once nothing is missing as far as the stream tells."""
         await self._reopen(retry)
         async with stream.read(self._bus, self._stored, self._end) as reader, asyncio.TaskGroup() as tasks:

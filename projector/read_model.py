@@ -75,7 +75,7 @@ class ReadModel(Protocol):
         """Notes that it has everything that there was when it began."""
 
     async def dead_letters(self) -> list[DeadLetter]:
-        """The events at which polls stand still. Letters that cannot be read are dropped: their polls show a gap."""
+        """The events at which polls are parked. Letters that cannot be read are dropped: their polls show a gap."""
 
     async def store(
         self,

@@ -47,7 +47,7 @@ _votes = Counter("tally_projector_votes", "Votes applied.", _LABELS)
 _duplicates = Counter("tally_projector_duplicates", "Events skipped because they were applied before.", _LABELS)
 _gaps = Counter("tally_projector_gaps", "Times that an event was missing before another.", _LABELS)
 _open_gaps = Gauge("tally_projector_open_gaps", "Polls that wait for a missing event.", _LABELS)
-_parked = Gauge("tally_projector_parked_polls", "Polls that stand still at an event, a dead letter.", _LABELS)
+_parked = Gauge("tally_projector_parked_polls", "Polls that are parked at an event, a dead letter.", _LABELS)
 _parkings = Counter("tally_projector_parkings", "Times that an event could not be applied.", _LABELS)
 _strays = Counter("tally_projector_stray_messages", "Messages on the stream that are no poll's events.", _LABELS)
 _damaged = Counter("tally_projector_damaged_polls", "Stored polls that could not be read and were made anew.", _LABELS)
@@ -79,7 +79,7 @@ class Session:
         self._tallies = _Tallies()
         self._polls_at_once = _FIRST_POLLS
         self._gaps = Gaps()
-        # The polls that stand still, as the read model has them; and of the batch at hand what it does not have yet.
+        # The parked polls, as the read model has them; and of the current batch what it does not have yet.
         self._parked: dict[str, DeadLetter] = {}
         self._letters: dict[str, DeadLetter | None] = {}
         # What the read model holds, and how far the events are read.
@@ -238,7 +238,7 @@ class Session:
         if result.error:
             self._park(poll_id, version + 1, str(result.error), received)
         elif letter and before == version == letter.version - 1:
-            # It stands still until that event comes again, and then is tried again.
+            # It is parked until that event comes again, and then is tried again.
             if result.beyond > letter.latest:
                 self._letters[poll_id] = letter._replace(latest=result.beyond)
         else:
@@ -290,7 +290,7 @@ class Session:
         return changes
 
     def _park(self, poll_id: str, version: int, error: str, received: Sequence[_Received]) -> None:
-        """Lets a poll stand still before an event that cannot be applied."""
+        """Parks a poll before an event that cannot be applied."""
         message = next(message for event, message in received if event.version == version)
         event_type = _event_type(message, poll_id)
         if event_type == UNREADABLE:

@@ -10,7 +10,7 @@ from contracts.log_epoch import NOWHERE, ZERO, LogPosition
 
 # How many polls are remembered; each takes 16 bytes, whether or not it is there.
 _POLLS = 1 << 18
-# The table has rows of so many places. A poll's row and its key, 8 bytes, are taken from the random part of its id;
+# How many places a row of the table has. A poll's row and its key, 8 bytes, are taken from the random part of its id;
 # in the same place of another table are 2 bytes for its log epoch and 6 for its version. The poll of a row that was
 # answered last comes first, and the one that was answered longest ago is forgotten where the row is full.
 _PLACES = 8
@@ -71,7 +71,7 @@ class Answered:
         number = self._numbers.get(log_epoch)
         if number is None:
             if len(self._epochs) == _EPOCHS:
-                # No log has so many histories; all else that is remembered is given up.
+                # No log has that many histories; all else that is remembered is given up.
                 self._polls[:] = bytes(len(self._polls))
                 self._epochs, self._numbers = [ZERO], {ZERO: 0}
             number = self._numbers[log_epoch] = len(self._epochs)

@@ -165,7 +165,7 @@ class LiveResults:
         try:
             log_epoch = epoch_of(position) if position else ZERO
         except ValueError:
-            # Nobody knows which history these counters are of: the projector makes them anew.
+            # The history of these counters is unknown: the projector makes them anew.
             log.error("redis has something else than a position", position=position[:100])
             return dict.fromkeys(poll_ids)
         return {

@@ -53,7 +53,7 @@ class Outgoing:
 
     @asynccontextmanager
     async def room(self, context: Context, size: int, seconds: float) -> AsyncIterator[None]:
-        """Within it a large message, of so many bytes, may be written to a stream.
+        """Within it a large message, of `size` bytes, may be written to a stream.
 
         Waits up to `seconds`; raises OVERLOADED. Where writing is given up, the bytes count until gRPC ends the call.
         """
@@ -80,7 +80,7 @@ class Outgoing:
             self._batches.release()
 
     async def send(self, context: Context, size: int) -> None:
-        """Returns when a unary answer of so many bytes may be returned.
+        """Returns when a unary answer of `size` bytes may be returned.
 
         Waits as long as the call may; raises OVERLOADED.
         """

@@ -63,7 +63,7 @@ _CANCELLING = 0.5
 _DEFAULT_PAGE_SIZE = 50
 # gRPC clients refuse an answer above 4 MiB unless told otherwise; ours end before that.
 MAX_ANSWER_BYTES = 3 << 20
-# Rows of a page that are fetched at once: few, until it is known how large they are, and then so many bytes of them.
+# Rows of a page that are fetched at once: few at first; once their size is known, as many as _ROWS_BYTES hold.
 _FIRST_ROWS = 4
 _MOST_ROWS = 200
 _ROWS_BYTES = 1 << 20

@@ -7,7 +7,7 @@ answered before. The one exception are results of the same version that a rebuil
 
 Nothing is missed: a topic is read from Redis after Redis has confirmed its subscription. Until then, and while Redis
 is away, has nothing or lags behind, it is read again every second, from the read database where Redis does not help.
-Whoever waits for a version is woken by whichever store has it first: the read database announces what it has.
+A call that waits for a version is woken by the store that has it first: the read database announces what it has.
 
 Watchers hear of a change a few at a time, so that a crowd of them holds up no other call.
 """
@@ -47,7 +47,7 @@ log = structlog.get_logger()
 MAX_WATCHERS = 50_000
 MAX_TOPICS = 50_000
 
-# Makes room for so many bytes within so many seconds: query_server.outgoing.
+# (bytes, seconds): makes room for an answer, query_server.outgoing.
 Room = Callable[[int, float], AbstractAsyncContextManager[None]]
 _NO_ROOM_NEEDED = nullcontext()
 

@@ -6,7 +6,7 @@ one set `taken`, of ports that are somebody's though nobody listens yet; each ad
 
 Each has a check that writes, because a server can answer and yet store nothing, after its disk was full for example.
 Files that Redis or NATS cannot read are set aside, as is a Postgres cluster that never held the database named in
-`irreplaceable`; the server begins with none, and whoever uses it fills it again.
+`irreplaceable`; the server begins with none, and its users fill it again.
 """
 
 import asyncio

@@ -49,7 +49,7 @@ def announce(event: str, settings: Settings, **details: object) -> None:
         try:
             Path(settings.ready_file).write_text(event)
         except OSError as error:
-            # The work goes on: whoever waits for the file finds it missing, or empty on a full disk.
+            # The work goes on: a process that waits for the file finds it missing, or empty on a full disk.
             log.error("the ready file cannot be written", file=settings.ready_file, error=error.strerror)
     log.info(event, **details)
 

@@ -282,7 +282,7 @@ def _length(number: int) -> bytes:
 
 
 def fuzz(library: Path, seconds: float, seed: int) -> None:
-    """Compares for so many seconds. Ends the process with an error at the first difference."""
+    """Compares for `seconds`. Ends the process with an error at the first difference."""
     comparison, requests = Comparison(load(library)), Requests(seed)
     # Written before each call, so that it is there when the sanitizer ends the process.
     last = BUILD / "last-request"

@@ -243,7 +243,7 @@ async def test_a_poll_that_has_not_ended_is_refused(system: System, tmp_path: Pa
     assert "CERTIFIED or a CANCELLED" in reasons[poll_id]
     assert "no such poll" in reasons[unknown]
     await system.command.ClosePoll(ClosePollRequest(poll_id=poll_id))
-    assert (await archive(system, tmp_path, poll_id))[0] == 3, "it is closed, but nobody has certified it"
+    assert (await archive(system, tmp_path, poll_id))[0] == 3, "it is closed, but not certified"
     code, told, _ = await archive(system, tmp_path, "--ended-before", "0s", "--dry-run")
     assert code == 0
     assert poll_id not in [row["poll_id"] for row in told["polls"]]

@@ -1141,7 +1141,7 @@ async def next_line(stream: asyncio.StreamReader) -> bytes:
 
 
 async def screen_of(cli: Cli, width: int, *arguments: str) -> str:
-    """What a command shows on a terminal that has so many columns."""
+    """What a command shows on a terminal with this many columns."""
     ours, theirs = pty.openpty()
     try:
         variables = ENVIRONMENT | {"COLUMNS": str(width), "LINES": "30", "TERM": "xterm", "NO_COLOR": "1"}

@@ -1,4 +1,4 @@
-"""A command server under a flood of streams whose answers nobody reads stays small, and serves the others."""
+"""A command server under a flood of streams whose answers are not read stays small, and serves the others."""
 
 import asyncio
 from pathlib import Path

@@ -518,7 +518,7 @@ async def test_pages_of_polls_hold_still_while_polls_change_their_state(
     assert await pages(PollState.POLL_STATE_UNSPECIFIED) == list("876543210")
 
 
-# --- what is long holds up nobody
+# --- long work does not block others
 
 
 async def test_long_lists_hold_up_no_other_call(read_dsn: str, database: ReadDatabase) -> None:

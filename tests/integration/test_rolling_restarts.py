@@ -81,7 +81,7 @@ class Pair:
                     await asyncio.sleep(0.01)
                 assert await server.stop(8), "it was killed"
                 await server.start()
-                # The next one is stopped when the client is back, as whoever restarts servers in turn waits.
+                # The next one is stopped when the client is back, as an operator who restarts servers in turn waits.
                 await eventually(lambda server=server: connected(server))  # type: ignore[misc]
             done = True
             for stream in beside:

@@ -28,7 +28,7 @@ SLEEPS = ["/bin/sleep", "60"]
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for long in here."""
+    """No wait is long in here."""
     monkeypatch.setattr(supervisor, "_CHECK_SECONDS", 0.1)
 
 

@@ -181,7 +181,7 @@ def test_a_read_model_of_an_earlier_history_is_not_well() -> None:
     [
         ({}, {}, False),
         ({"version": 90, "seconds_behind": 0.4}, {}, False),
-        # It goes on, but far behind, or nobody knows how far.
+        # It goes on, but far behind, or unknown how far.
         ({"version": 90, "events_behind": 10, "seconds_behind": 9.0}, {}, True),
         (
             {"version": 90, "events_behind": 10, "seconds_behind": 9.0},
@@ -221,7 +221,7 @@ def test_clocks_that_are_wrong_make_no_report_old_or_fresh() -> None:
         alive = retimed(second, second)
         assert not list(troubles_of(alive, 10))
         assert behind(alive.read_models[0]) == (0, 0.0)
-    # Then both are silent, and nobody's clock hides it.
+    # Then both are silent, and no clock hides it.
     assert not list(troubles_of(retimed(7.5, 3), 10))
     silent = list(troubles_of(retimed(9, 3), 10))
     assert any("its projector was last heard of" in trouble for trouble in silent)

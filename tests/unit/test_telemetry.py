@@ -1,4 +1,4 @@
-"""Every line of the log is one JSON object, whoever writes it; and one that cannot be written harms nothing."""
+"""Every line of the log is one JSON object, of whatever library; and one that cannot be written harms nothing."""
 
 import json
 import os
@@ -74,7 +74,7 @@ print(next(line for line in generate_latest().decode().splitlines() if line.star
         ("os.dup2(os.open('/dev/full', os.O_WRONLY), 2)", 3),
         ("read, write = os.pipe(); os.dup2(write, 2); os.close(write); os.close(read)", 3),
         ("os.close(2)", 3),
-        # A pipe that nobody reads: it takes the first 64 KiB, and no line after that waits.
+        # A pipe that is not read: it takes the first 64 KiB, and no line after that waits.
         ("pipe = os.pipe(); os.dup2(pipe[1], 2)", 100_000),
     ],
     ids=["full disk", "no reader", "closed", "stuck reader"],
