@@ -97,6 +97,21 @@ async def test_every_watcher_is_sent_the_same_object(hub: Watchers) -> None:
     assert len({id(await sent(watcher)) for watcher in watchers}) == 1
 
 
+async def test_a_watcher_that_begins_between_a_change_and_its_telling_is_sent_it_once(hub: Watchers) -> None:
+    untold: list[Topic] = []
+    topic = Topic(uuid4(), b"channel", untold.append)
+    topic.offer(at(1), b"1")
+    watcher = watcher_of(hub, topic)
+    await watcher.start(patience=1)
+    assert await sent(watcher) == b"1"
+    tell(untold.pop())
+    assert not await has_news(watcher)
+    topic.offer(at(2), b"2")
+    tell(untold.pop())
+    assert await sent(watcher) == b"2"
+    assert not await has_news(watcher)
+
+
 async def test_versions_only_grow(hub: Watchers) -> None:
     topic = new_topic()
     watcher = watcher_of(hub, topic)
