@@ -16,7 +16,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up demo test quickstarts check-wheel fuzz bench bench-quick generate generate/verify verify format lint lock release-contract
+.PHONY: help setup up demo demo-dual-write test quickstarts check-wheel fuzz bench bench-quick generate generate/verify verify format lint lock release-contract
 
 help: ## list the targets
 	@grep -hE '^[a-z/-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ up: setup ## start everything on this machine: Postgres, NATS, Redis and the fou
 
 demo: setup ## count a real election of 80,101 ballots, end to end
 	python examples/demo.py
+
+demo-dual-write: setup ## kill a service between its write and its publish, without and with an outbox
+	python -m examples.dual_write
 
 test: setup ## unit, integration and contract tests against real servers
 	pytest
