@@ -16,7 +16,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up demo demo-dual-write test quickstarts check-wheel fuzz bench bench-quick generate generate/verify verify format lint lock release-contract
+.PHONY: help setup up demo demo-dual-write test quickstarts check-wheel release-check fuzz bench bench-quick generate generate/verify verify format lint lock release-contract
 
 help: ## list the targets
 	@grep -hE '^[a-z/-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ quickstarts: setup ## run the quick starts in examples/ against a running Tally;
 
 check-wheel: setup ## install Tally as a wheel with another Python, with and without a C compiler, and count votes
 	python tools/check_wheel.py
+
+release-check: setup ## build wheel and sdist into dist/, and count votes with each in an empty environment
+	python -m tools.check_release
 
 fuzz: setup ## fuzz the compiled code with sanitizers, for SECONDS (60)
 	python tools/fuzz_ballots.py $(or $(SECONDS),60)

@@ -18,10 +18,15 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("3.14", "3.13", "3.12", "3.11")
+_NO_SOURCES = shutil.ignore_patterns(
+    *(".git", ".venv", ".tally", ".*_cache", "__pycache__", "build", "dist", "node_modules", "*.so", "*.egg-info")
+)
 _START_SECONDS = 120.0
 _COMMAND_SECONDS = 60.0
 
@@ -52,14 +57,20 @@ def _version(python: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_COMMAND_SECONDS).stdout.strip()
 
 
-def build(python: str, source: Path, folder: Path, compiler: str) -> Path:
-    """The wheel that this Python builds of a copy of the checkout, with this C compiler."""
-    wheel = [python, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    ignored = shutil.ignore_patterns(".git", ".venv", ".tally", "build", "node_modules", "*.so", "*.egg-info")
+@contextmanager
+def copied(source: Path) -> Iterator[Path]:
+    """A copy of the sources, so that nothing that an earlier build made gets into what is built of it."""
     with tempfile.TemporaryDirectory(prefix="tally-source-") as copy:
-        # A copy, so that nothing that an earlier build compiled gets into this wheel.
-        shutil.copytree(source, copy, ignore=ignored, dirs_exist_ok=True)
-        subprocess.run([*wheel, "--wheel-dir", str(folder), copy], check=True, env=os.environ | {"CC": compiler})
+        shutil.copytree(source, copy, ignore=_NO_SOURCES, dirs_exist_ok=True)
+        yield Path(copy)
+
+
+def build(python: str, source: Path, folder: Path, compiler: str) -> Path:
+    """The wheel that this Python builds of a copy of the sources, with this C compiler."""
+    wheel = [python, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    with copied(source) as copy:
+        command = [*wheel, "--wheel-dir", str(folder), str(copy)]
+        subprocess.run(command, check=True, env=os.environ | {"CC": compiler})
     [built] = folder.glob("*.whl")
     return built
 
