@@ -10,6 +10,7 @@ from uuid import UUID
 
 import typer
 
+from clients.databases import FAILURES, find_store, reason, say_warnings
 from clients.failures import Failure
 from clients.listings import Column, Listing
 from clients.moments import duration
@@ -17,6 +18,10 @@ from clients.options import DEFAULT_DATA_DIR, DataDir, OutputOption, QueryAddres
 from clients.output import Output, console, print_json, say, shown
 from clients.poll_ids import find_polls
 from clients.progress import Progress
+from command_server import archive_file
+from command_server.archive import Archive, NotArchivable
+from command_server.archive_file import Damaged
+from runtime.replicas import connect_primary
 
 _INTERRUPTED = 130
 _SOME_FAILED = 3
@@ -59,8 +64,7 @@ def archive(
     """
     if bool(poll) == (ended_before is not None):
         raise typer.BadParameter("give either polls or --ended-before")
-    from clients.databases import find_store  # noqa: PLC0415 - the drivers are loaded by the commands that need them
-
+    say_warnings()
     wanted = [UUID(poll_id) for poll_id in find_polls(poll or (), query_address, data_dir)]
     work = _Archiving(find_store("TALLY_WRITE_DSN", write_dsn, data_dir), folder, dry_run)
     try:
@@ -90,14 +94,12 @@ def verify_archive(
 
     Exit code: 0 if all of them agree, 3 if one does not.
     """
-    from command_server import archive_file  # noqa: PLC0415 - as above
-
     verified: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     for path in file:
         try:
             summary = archive_file.verify(path)
-        except (archive_file.Damaged, OSError) as error:
+        except (Damaged, OSError) as error:
             failed.append({"file": str(path), "reason": str(error)})
             continue
         verified.append(
@@ -148,10 +150,6 @@ class _Archiving:
 
     async def run(self, wanted: list[UUID], age: timedelta | None) -> None:
         """Archives the polls that are named, or all that ended before `age`. Raises Failure."""
-        from clients.databases import FAILURES, reason  # noqa: PLC0415 - as above
-        from command_server.archive import Archive  # noqa: PLC0415
-        from runtime.replicas import connect_primary  # noqa: PLC0415
-
         try:
             if not self._dry_run:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -174,10 +172,7 @@ class _Archiving:
         except FAILURES as error:
             raise Failure(f"archiving was broken off; run it again to go on: {reason(error)}") from None
 
-    async def _archive(self, archive: Any, poll_id: UUID) -> None:
-        from command_server.archive import NotArchivable  # noqa: PLC0415 - as above
-        from command_server.archive_file import Damaged  # noqa: PLC0415
-
+    async def _archive(self, archive: Archive, poll_id: UUID) -> None:
         try:
             archived = await archive.archive(poll_id)
         except (NotArchivable, Damaged) as error:

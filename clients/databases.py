@@ -1,9 +1,12 @@
 """The stores behind the servers: where they are, and the schemas of databases that an operator brings."""
 
 import json
+import logging
+import sys
 from pathlib import Path
 
 import asyncpg
+import structlog
 from asyncpg.exceptions import ClientConfigurationError
 
 from clients.failures import Failure
@@ -15,6 +18,14 @@ from runtime.addresses import InvalidAddress
 FAILURES = (*postgres.UNAVAILABLE, asyncpg.PostgresError, InvalidAddress)
 
 _MIGRATE = {"write": migrate_write, "read": migrate_read}
+
+
+def say_warnings() -> None:
+    """What the machinery logs is said too, where it is a warning or worse."""
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
 
 
 def find_store(setting: str, given: str | None, data_dir: Path) -> str:

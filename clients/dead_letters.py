@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from clients import letters
+from clients.databases import find_store, say_warnings
 from clients.failures import Failure
 from clients.listings import Column, Listing
 from clients.options import (
@@ -27,11 +29,6 @@ from clients.poll_ids import find_among
 from contracts.dead_letters import DeadLetter
 from contracts.read_models import READ_MODELS
 
-app = typer.Typer(
-    no_args_is_help=True,
-    help="Look at events that a read model could not apply, and try them again. Their polls stand still for readers.",
-)
-
 _PARKED_AGAIN = 3
 
 Polls = Annotated[list[str] | None, typer.Argument(metavar="[POLL]...", help=POLL_HELP, show_default=False)]
@@ -47,7 +44,6 @@ _OUTCOME_COLUMNS = (
 _EXPORTED = ("read_model", "poll_id", "version", "waiting", "stream_sequence", "event_type", "first_seen", "error")
 
 
-@app.command("list")
 def list_letters(
     read_dsn: ReadDsn = None,
     redis_url: RedisUrl = None,
@@ -58,8 +54,6 @@ def list_letters(
 
     Exit code: 0 if every read model could be looked at, 1 if not.
     """
-    from clients import letters  # noqa: PLC0415 - the drivers are loaded by the commands that need them
-
     found, unanswered = asyncio.run(letters.read_all(_stores(read_dsn, redis_url, data_dir)))
     rows = [(name, letter) for name, kept in found.items() for letter in kept]
     data = [_data(name, letter) for name, letter in rows]
@@ -80,7 +74,6 @@ def list_letters(
     _complain(unanswered)
 
 
-@app.command()
 def show(
     poll: PollId,
     read_dsn: ReadDsn = None,
@@ -92,8 +85,6 @@ def show(
 
     Exit code: 0 if there is such an event, 1 if there is none or a read model could not be looked at.
     """
-    from clients import letters  # noqa: PLC0415 - as above
-
     found, unanswered = asyncio.run(letters.read_all(_stores(read_dsn, redis_url, data_dir)))
     [poll] = find_among([poll], [letter.poll_id for kept in found.values() for letter in kept])
     rows = [(name, letter) for name, kept in found.items() for letter in kept if letter.poll_id == poll]
@@ -107,7 +98,6 @@ def show(
         raise Failure(f"no read model stands still at an event of poll {poll}")
 
 
-@app.command()
 def replay(
     polls: Polls = None,
     all_: Annotated[bool, typer.Option("--all", help="Every poll that stands still.")] = False,
@@ -127,9 +117,6 @@ def replay(
     """
     if bool(polls) == all_:
         raise typer.BadParameter("give the polls, or --all")
-    from clients import letters  # noqa: PLC0415 - as above
-    from clients.databases import find_store  # noqa: PLC0415 - as above
-
     stores = _stores(read_dsn, redis_url, data_dir)
     nats = find_store("TALLY_NATS_URL", nats_url, data_dir)
     outcome = asyncio.run(letters.replay(stores, nats, polls, wait))
@@ -150,8 +137,7 @@ def replay(
 
 def _stores(read_dsn: str | None, redis_url: str | None, data_dir: Path) -> Mapping[str, str]:
     """Where each read model is, by name. Raises Failure."""
-    from clients.databases import find_store  # noqa: PLC0415 - as above
-
+    say_warnings()
     given = {"TALLY_READ_DSN": read_dsn, "TALLY_REDIS_URL": redis_url}
     return {name: find_store(variable, given[variable], data_dir) for name, variable in READ_MODELS.items()}
 

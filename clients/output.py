@@ -2,14 +2,12 @@
 
 import csv
 import json
-import logging
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import Any
 
-import structlog
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
@@ -87,14 +85,6 @@ def print_csv(names: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 def say(text: str) -> None:
     """Says something about the work that is under way, or what came of it."""
     print(text, file=sys.stderr, flush=True)
-
-
-def say_warnings() -> None:
-    """What the machinery logs is said too, where it is a warning or worse."""
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 def shown(text: str, style: str = "") -> Text:

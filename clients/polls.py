@@ -36,7 +36,7 @@ from tally.query.v1.query_service_pb2 import (
     Results,
 )
 
-from clients import archiving, specs
+from clients import specs
 from clients.charts import disagreement, results_data, results_table, state_name
 from clients.connection import Address, CommandServer, QueryServer, Refused, command, find_address, not_opened, query
 from clients.listings import Column, Listing
@@ -55,10 +55,6 @@ from clients.output import ListOutput, Output, console, plain, print_csv, print_
 from clients.poll_ids import find_poll
 from clients.watchers import describe, watch
 
-app = typer.Typer(no_args_is_help=True, help="Create, change, open, close, certify, archive and look at polls.")
-app.command()(archiving.archive)
-app.command("verify-archive")(archiving.verify_archive)
-
 # A page stays well within what one answer may have, also where polls have many options.
 _PAGE = 100
 _NO_AGREEMENT = 4
@@ -67,7 +63,6 @@ _EXPORTED = ("poll_id", "state", "options", *_TIMES, "title")
 _STATES = ("draft", "open", "closed", "certified", "cancelled")
 
 
-@app.command()
 def create(
     title: Annotated[str, typer.Option(help="What voters are asked.")],
     option: specs.Options,
@@ -107,7 +102,6 @@ def create(
         print_fields({"poll_id": response.poll_id, "state": "OPEN" if open_ else "DRAFT", **times})
 
 
-@app.command()
 def update(
     poll: PollId,
     title: Annotated[str | None, typer.Option(help="What voters are asked.")] = None,
@@ -157,7 +151,6 @@ def update(
     _print_change(poll, "DRAFT", response, output, specs.times_shown(opens_at, closes_at))
 
 
-@app.command("open")
 def open_poll(
     poll: PollId,
     command_address: CommandAddress = None,
@@ -173,7 +166,6 @@ def open_poll(
     _print_change(poll, "OPEN", response, output)
 
 
-@app.command()
 def close(
     poll: PollId,
     command_address: CommandAddress = None,
@@ -189,7 +181,6 @@ def close(
     _print_change(poll, "CLOSED", response, output)
 
 
-@app.command()
 def cancel(
     poll: PollId,
     command_address: CommandAddress = None,
@@ -205,7 +196,6 @@ def cancel(
     _print_change(poll, "CANCELLED", response, output)
 
 
-@app.command()
 def certify(
     poll: PollId,
     wait: Annotated[
@@ -242,7 +232,6 @@ def certify(
         sys.exit(_NO_AGREEMENT)
 
 
-@app.command("list")
 def list_polls(
     state: Annotated[str | None, typer.Option(metavar="|".join(_STATES), help="Only polls in this state.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="The most polls to print, newest first.")] = 50,
@@ -284,7 +273,6 @@ def list_polls(
         say(f"there are more than {limit:,} polls; see --limit")
 
 
-@app.command()
 def show(
     poll: PollId,
     at_least_as_fresh: Fresh = "",
@@ -305,7 +293,6 @@ def show(
     console().print(Listing([Column("option_id", folds=True), Column("label", folds=True)], rows))
 
 
-@app.command()
 def document(
     poll: PollId,
     at_least_as_fresh: Fresh = "",

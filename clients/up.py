@@ -12,14 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import grpc
+import typer
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from clients.databases import FAILURES, reason
+from clients.databases import FAILURES, reason, say_warnings
 from clients.failures import Failure
+from clients.options import DEFAULT_DATA_DIR
 from clients.output import say
 from contracts.read_models import READ_MODELS
 from migrations import migrate_read, migrate_write
@@ -66,6 +68,21 @@ _SERVICES = (
         for name, store in READ_MODELS.items()
     ),
 )
+
+
+def up(
+    data_dir: Annotated[Path, typer.Option(help="Where data, logs and run.json are kept.")] = DEFAULT_DATA_DIR,
+    command_port: Annotated[int, typer.Option(min=0, max=65535, help="CommandService; 0: any free port.")] = 50051,
+    query_port: Annotated[int, typer.Option(min=0, max=65535, help="QueryService; 0: any free port.")] = 50052,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of all processes.")] = False,
+) -> None:
+    """Start everything on this machine: Postgres, NATS, Redis and Tally's services, until Ctrl-C.
+
+    A store whose TALLY_WRITE_DSN, TALLY_READ_DSN, TALLY_NATS_URL or TALLY_REDIS_URL is set is not started: that one is
+    used instead.
+    """
+    say_warnings()
+    run(data_dir, command_port, query_port, verbose)
 
 
 def run(data_dir: Path, command_port: int, query_port: int, verbose: bool) -> None:
