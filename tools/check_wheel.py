@@ -75,17 +75,15 @@ def build(python: str, source: Path, folder: Path, compiler: str) -> Path:
     return built
 
 
-def check(python: str, wheel: Path, here: Path, compiled: bool) -> None:
+def check(wheel: Path, here: Path, compiled: bool) -> None:
     """Installs the wheel into `here`/venv and votes; raises CalledProcessError, TimeoutExpired or AssertionError."""
     in_wheel = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
     assert bool(in_wheel) == compiled, f"{wheel.name} has {in_wheel or 'nothing compiled'}"
     binaries = here / "venv" / "bin"
     pip = [str(binaries / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    if not binaries.exists():
-        subprocess.run([python, "-m", "venv", str(here / "venv")], check=True)
-        subprocess.run([*pip, str(wheel)], check=True)
-    else:
-        subprocess.run([*pip, "--no-deps", "--force-reinstall", str(wheel)], check=True)
+    subprocess.run([*pip, str(wheel)], check=True)
+    # Where another wheel of this version was installed before.
+    subprocess.run([*pip, "--no-deps", "--force-reinstall", str(wheel)], check=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("TALLY_", "PYTHON"))}
     environment |= {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "HOME": str(here)}
     data = here / ("compiled" if compiled else "python")
@@ -127,7 +125,7 @@ def check(python: str, wheel: Path, here: Path, compiled: bool) -> None:
     warnings = log.read_text().count("was not compiled")
     assert warnings == (0 if compiled else 1), f"the log says {warnings} times that the C code was not compiled"
     how = "compiled" if compiled else "without a C compiler"
-    print(f"Python {_version(python)}: {said} works from {wheel.name}, {how}, outside the checkout")
+    print(f"Python {_version(str(binaries / 'python'))}: {said} works from {wheel.name}, {how}, outside the checkout")
 
 
 def main() -> None:
@@ -137,9 +135,12 @@ def main() -> None:
     for python in pythons:
         with tempfile.TemporaryDirectory(prefix="tally-wheel-") as folder:
             here = Path(folder)
+            # Not every Python has pip outside a virtual environment.
+            subprocess.run([python, "-m", "venv", str(here / "venv")], check=True)
+            inside = str(here / "venv" / "bin" / "python")
             for compiled, compiler in ((True, "cc"), (False, "false")):
-                wheel = build(python, ROOT, here / compiler, compiler)
-                check(python, wheel, here, compiled)
+                wheel = build(inside, ROOT, here / compiler, compiler)
+                check(wheel, here, compiled)
 
 
 if __name__ == "__main__":
