@@ -3,12 +3,14 @@
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
+from functools import cache
+from sys import getsizeof
 from typing import NamedTuple
 from uuid import UUID
 
 import asyncpg
 from tally.poll.v1.error_reason_pb2 import ErrorReason
-from tally.poll.v1.poll_pb2 import PollSpec
+from tally.poll.v1.poll_pb2 import PollOption, PollSpec
 
 from command_server import ballots
 from command_server.poll import OPEN, choose, has_roll
@@ -18,8 +20,15 @@ from runtime.wire import Pauses
 
 sql = queries(__package__)
 
-# The most options of all polls that are remembered: with its part of a poll, an option has some 600 bytes.
-OPTIONS = 50_000
+# The most bytes of all open polls that are remembered, as `Poll.size` says.
+BYTES = 64 << 20
+# What a poll takes in memory beside its option ids: its fields, its rules, the tables' own part and its place here.
+_POLL_BYTES = 1_600
+# What an option takes in the two tables of its poll, and in the rules.
+_OPTION_BYTES = 110
+# Where there is no room, a poll that comes new is the next to go unless it is asked for again soon; but each of so many
+# comes to stay, so that polls that are used take the place of those that are not any more.
+_COMES_TO_STAY = 16
 PATIENCE_SECONDS = 5.0
 # How long a poll that is not open, or does not exist, is not read again, and how many of these are remembered.
 NOT_OPEN_SECONDS = 0.5
@@ -41,11 +50,17 @@ class Poll(NamedTuple):
     poll_id: UUID
     poll_no: int
     state: str
+    # Its rules: what it was made of, without its texts. Its options are empty, as many as there are.
     spec: PollSpec
     # option_id → its place in the poll's options.
     option_numbers: Mapping[str, int]
     # option_id → what a ballot for it alone ends with.
     markings: dict[str, bytes]
+
+    @property
+    def size(self) -> int:
+        """The bytes that it takes in memory, nearly."""
+        return _POLL_BYTES + len(self.markings) * _OPTION_BYTES + sum(map(getsizeof, self.markings))
 
     @property
     def has_roll(self) -> bool:
@@ -70,9 +85,10 @@ class Polls:
 
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
-        # By the usual spelling of their ids, as one poll's id has many. The one that was used last comes last.
+        # By the usual spelling of their ids, as one poll's id has many. The first is the next to go.
         self._open: OrderedDict[str, Poll] = OrderedDict()
-        self._options = 0
+        self._bytes = 0
+        self._newcomers = 0
         # Polls that are not open, None for those that do not exist, and when each is to be read again; oldest first.
         self._not_open: OrderedDict[str, tuple[float, Poll | None]] = OrderedDict()
         # The answers to come for those who ask now, and the polls of which no read has begun, with theirs.
@@ -178,10 +194,18 @@ class Polls:
     def _remember(self, poll: Poll) -> None:
         # Many may have looked it up at once.
         self.forget(poll)
-        self._open[str(poll.poll_id)] = poll
-        self._options += len(poll.markings)
-        while self._options > OPTIONS:
+        self._bytes += poll.size
+        full = self._bytes > BYTES
+        while self._open and self._bytes > BYTES:
             self.forget(next(iter(self._open.values())))
+        key = str(poll.poll_id)
+        self._open[key] = poll
+        if full:
+            # If the newest were the last to go, then of polls that vote in turn, and are a few too many, each would go
+            # just before its next vote.
+            self._newcomers += 1
+            if self._newcomers % _COMES_TO_STAY:
+                self._open.move_to_end(key, last=False)
 
     async def _read(self, poll_ids: list[UUID]) -> list[asyncpg.Record]:
         async with asyncio.timeout(_ATTEMPT_SECONDS), self._pool.acquire(timeout=POOL_SECONDS) as connection:
@@ -190,7 +214,7 @@ class Polls:
     def forget(self, poll: Poll) -> None:
         """Look the poll up again next time."""
         if known := self._open.pop(str(poll.poll_id), None):
-            self._options -= len(known.markings)
+            self._bytes -= known.size
 
 
 class _Asked(NamedTuple):
@@ -204,5 +228,22 @@ class _Asked(NamedTuple):
 def _poll(poll_id: UUID, row: asyncpg.Record) -> Poll:
     spec = PollSpec.FromString(row["spec"])
     numbers = {option.option_id: number for number, option in enumerate(spec.options)}
-    markings = {option_id: ballots.marking([number]) for option_id, number in numbers.items()}
-    return Poll(poll_id, row["poll_no"], row["state"], spec, numbers, markings)
+    markings = {option_id: _marking(number) for option_id, number in numbers.items()}
+    return Poll(poll_id, row["poll_no"], row["state"], _rules(spec), numbers, markings)
+
+
+def _rules(spec: PollSpec) -> PollSpec:
+    options = len(spec.options)
+    for text in ("title", "description", "options"):
+        spec.ClearField(text)
+    # A copy, because what was cleared stays in the memory of a message.
+    rules = PollSpec()
+    rules.CopyFrom(spec)
+    rules.options.extend([PollOption()] * options)
+    return rules
+
+
+@cache
+def _marking(number: int) -> bytes:
+    """The same bytes for the options of all polls that have this number; a poll has 1,000 at most."""
+    return ballots.marking([number])

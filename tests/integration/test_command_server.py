@@ -481,19 +481,44 @@ class TestRemembered:
             assert answer.already_recorded == 1
         assert looked_up == [poll_id]
 
-    async def test_those_used_last_with_so_many_options(
-        self, server: CommandServiceAsyncStub, looked_up: list[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(polls, "OPTIONS", 3 * len(SPEC.options))
+    @pytest.fixture
+    def room_for_three(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        row = {"spec": SPEC.SerializeToString(), "poll_no": 1, "state": "OPEN"}
+        monkeypatch.setattr(polls, "BYTES", 3 * polls._poll(uuid4(), row).size)
+
+    @pytest.mark.usefixtures("room_for_three")
+    async def test_those_used_again_stay(self, server: CommandServiceAsyncStub, looked_up: list[str]) -> None:
         hot, *others = [await open_poll(server) for _ in range(6)]
         for poll_id in others:
             await server.CastVote(vote(poll_id, "ada", "mon", key=KEY))
             await server.CastVote(vote(hot, "ada", "mon", key=KEY))
         assert looked_up == [others[0], hot, *others[1:]]
         await asyncio.gather(*(server.CastVote(vote(others[0], f"{n}", "mon")) for n in range(50)))
-        for poll_id in (hot, others[-1], others[0]):
+        for poll_id in (hot, others[1], others[0]):
             await server.CastVote(vote(poll_id, "ada", "mon", key=KEY))
         assert set(looked_up[6:]) == {others[0]}, "to look a poll up many times at once makes no other forgotten"
+
+    @pytest.mark.usefixtures("room_for_three")
+    async def test_one_too_many_is_no_cliff(self, server: CommandServiceAsyncStub, looked_up: list[str]) -> None:
+        in_turn = [await open_poll(server) for _ in range(4)]
+        for _ in range(10):
+            for poll_id in in_turn:
+                await server.CastVote(vote(poll_id, "ada", "mon", key=KEY))
+        # If the newest poll took the place of the oldest, each of the 40 votes would read its poll.
+        assert 4 < len(looked_up) <= 24
+
+    @pytest.mark.usefixtures("room_for_three")
+    async def test_polls_that_are_used_take_the_place_of_others(
+        self, server: CommandServiceAsyncStub, looked_up: list[str]
+    ) -> None:
+        for poll_id in [await open_poll(server) for _ in range(3)] * 2:
+            await server.CastVote(vote(poll_id, "ada", "mon", key=KEY))
+        later = [await open_poll(server) for _ in range(3)]
+        for _ in range(3 * polls._COMES_TO_STAY):
+            looked_up.clear()
+            for poll_id in later:
+                await server.CastVote(vote(poll_id, "ada", "mon", key=KEY))
+        assert looked_up == []
 
 
 async def test_bytes_that_are_no_message_are_refused(write_dsn: str) -> None:
