@@ -75,11 +75,19 @@ def build(python: str, source: Path, folder: Path, compiler: str) -> Path:
     return built
 
 
-def check(wheel: Path, here: Path, compiled: bool) -> None:
+def environment_of(python: str, here: Path) -> Path:
+    """The Python of the virtual environment `here`/venv, made if need be: not every Python has pip outside one."""
+    inside = here / "venv" / "bin" / "python"
+    if not inside.exists():
+        subprocess.run([python, "-m", "venv", str(here / "venv")], check=True)
+    return inside
+
+
+def check(python: str, wheel: Path, here: Path, compiled: bool) -> None:
     """Installs the wheel into `here`/venv and votes; raises CalledProcessError, TimeoutExpired or AssertionError."""
     in_wheel = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
     assert bool(in_wheel) == compiled, f"{wheel.name} has {in_wheel or 'nothing compiled'}"
-    binaries = here / "venv" / "bin"
+    binaries = environment_of(python, here).parent
     pip = [str(binaries / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, str(wheel)], check=True)
     # Where another wheel of this version was installed before.
@@ -135,12 +143,10 @@ def main() -> None:
     for python in pythons:
         with tempfile.TemporaryDirectory(prefix="tally-wheel-") as folder:
             here = Path(folder)
-            # Not every Python has pip outside a virtual environment.
-            subprocess.run([python, "-m", "venv", str(here / "venv")], check=True)
-            inside = str(here / "venv" / "bin" / "python")
+            inside = str(environment_of(python, here))
             for compiled, compiler in ((True, "cc"), (False, "false")):
                 wheel = build(inside, ROOT, here / compiler, compiler)
-                check(wheel, here, compiled)
+                check(python, wheel, here, compiled)
 
 
 if __name__ == "__main__":
