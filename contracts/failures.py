@@ -2,7 +2,6 @@
 
 import structlog
 from google.rpc.status_pb2 import Status
-from redis.exceptions import RedisError
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 
 from contracts.refusals import Refusal, invalid_request
@@ -12,19 +11,19 @@ from runtime.wire import InvalidMessage
 
 log = structlog.get_logger()
 
-# Redis may also answer that it does not serve: it is a replica, loads its data, or has no memory left.
-STORE_FAILURES = (*postgres.UNAVAILABLE, RedisError)
 
+def refusal_of(error: Exception, store_failures: tuple[type[Exception], ...] = postgres.UNAVAILABLE) -> Refusal:
+    """What a caller is told about whatever a handler raised; `store_failures`: what a store raises that does not serve.
 
-def refusal_of(error: Exception) -> Refusal:
-    """What a caller is told about whatever a handler raised. Defects are logged here and nothing of them leaves."""
+    Defects are logged here and nothing of them leaves.
+    """
     if isinstance(error, Refusal):
         return error
     if isinstance(error, InvalidMessage):
         return invalid_request(error.fields)
     if isinstance(error, Stopping):
         return Refusal(ErrorReason.ERROR_REASON_STORE_UNAVAILABLE, str(error))
-    if isinstance(error, STORE_FAILURES):
+    if isinstance(error, store_failures):
         log.warning("a store did not answer", error=repr(error))
         return Refusal(ErrorReason.ERROR_REASON_STORE_UNAVAILABLE, "a database did not answer in time; try again")
     log.error("defect", exc_info=error)

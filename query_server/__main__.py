@@ -8,11 +8,11 @@ from pydantic import Field
 from tally.query.v1 import query_service_pb2
 from tally.query.v1.query_service_pb2_grpc import add_QueryServiceServicer_to_server
 
-from contracts.failures import status_of
 from contracts.voters import VoterKeys
 from query_server import live
 from query_server.announcements import Announcements
 from query_server.answered import Answered
+from query_server.failures import status_of
 from query_server.live import LiveResults
 from query_server.service import QueryService
 from query_server.status import Status

@@ -16,10 +16,10 @@ import structlog
 from prometheus_client import Counter, Gauge
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 
-from contracts.failures import STORE_FAILURES
 from contracts.log_epoch import LogPosition
 from contracts.read_database import CHANNEL, parse_announcement
 from contracts.refusals import ReadModelBehind, Refusal
+from query_server.failures import STORE_FAILURES
 from query_server.views import Views
 from runtime import postgres
 from runtime.lifecycle import Backoff

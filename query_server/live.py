@@ -18,10 +18,10 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 
-from contracts.failures import STORE_FAILURES
 from contracts.live import GENERATION_KEY, STATUS_KEY, epoch_of
 from contracts.log_epoch import NOWHERE, ZERO, LogPosition
 from contracts.refusals import ReadModelBehind
+from query_server.failures import STORE_FAILURES
 from query_server.views import Found, Views
 
 log = structlog.get_logger()

@@ -26,10 +26,10 @@ from tally.query.v1.query_service_pb2 import (
 )
 
 from contracts import log_epoch
-from contracts.failures import STORE_FAILURES
 from contracts.read_database import VIEWS
 from contracts.read_models import READ_MODELS
 from contracts.status import age, is_fresh, now
+from query_server.failures import STORE_FAILURES
 from query_server.live import FAILURES, LiveResults
 from query_server.views import Views
 

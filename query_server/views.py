@@ -115,7 +115,7 @@ class Found(NamedTuple):
 
 
 class Views:
-    """Reads from the read database. Every method raises one of contracts.failures.STORE_FAILURES where it is away, and
+    """Reads from the read database. Every method raises one of failures.STORE_FAILURES where it is away, and
     all but `status` raise ReadModelFilling."""
 
     def __init__(self, pool: asyncpg.Pool) -> None:

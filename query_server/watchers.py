@@ -28,13 +28,13 @@ from tally.poll.v1.poll_pb2 import POLL_STATE_CANCELLED, POLL_STATE_CERTIFIED
 from tally.query.v1.query_service_pb2 import GetResultsResponse
 
 from contracts import log_epoch
-from contracts.failures import STORE_FAILURES
 from contracts.live import are_hidden, hidden_position, live_channel
 from contracts.log_epoch import NOWHERE, LogPosition
 from contracts.read_database import VIEWS
 from contracts.refusals import ReadModelBehind, Refusal, poll_not_found, results_hidden
 from query_server.announcements import Announcements
 from query_server.answered import Answered
+from query_server.failures import STORE_FAILURES
 from query_server.freshness import Wanted, behind
 from query_server.live import FAILURES, LiveResults
 from query_server.outgoing import LARGE

@@ -33,6 +33,7 @@ from migrations import migrate_read, migrate_write
 from projector.__main__ import KINDS, ReadDatabaseSettings, RedisSettings, project
 from query_server.__main__ import QuerySettings
 from query_server.__main__ import serve as serve_queries
+from query_server.failures import status_of
 from relay.__main__ import RelaySettings, relay
 from runtime import postgres
 from runtime.embedded import Postgres, Stores
@@ -275,4 +276,4 @@ async def test_a_redis_that_became_a_replica_stops_nothing_and_is_filled_once_it
     ],
 )
 def test_what_redis_says_of_itself_is_no_defect(answer: Exception) -> None:
-    assert refusal_of(answer).status().code == grpc.StatusCode.UNAVAILABLE.value[0]
+    assert status_of(answer).code == grpc.StatusCode.UNAVAILABLE.value[0]
