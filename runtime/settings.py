@@ -1,17 +1,23 @@
 """Settings from the environment: each service declares the ones it reads, all with the prefix TALLY_."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, parse_qsl, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "TALLY_"
-_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+# Parameters of a Postgres URL, and what they may be.
+_CHOICES = {
+    "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
+    "target_session_attrs": ("any", "primary", "standby", "read-write", "read-only", "prefer-standby"),
+}
+_CERTIFICATES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
 
 
 def _only_if(can_work: Callable[[str], bool], shape: str) -> AfterValidator:
@@ -37,11 +43,20 @@ def _leads_somewhere(url: str, *schemes: str) -> bool:
 
 
 def _is_postgres(url: str) -> bool:
-    return _leads_somewhere(url, "postgresql", "postgres") and _is_known_sslmode(url)
+    if not _leads_somewhere(url, "postgresql", "postgres"):
+        return False
+    given = parse_qs(urlsplit(url).query)
+    return all(value in allowed for name, allowed in _CHOICES.items() for value in given.get(name, []))
 
 
-def _is_known_sslmode(url: str) -> bool:
-    return all(mode in _SSL_MODES for mode in parse_qs(urlsplit(url).query).get("sslmode", []))
+def _has_certificates(url: str) -> bool:
+    """Whether the files are there that a Postgres URL needs: those that it names, and the root certificate that its
+    server is verified with, which libpq has looked for in the same places."""
+    given = {name: values[-1] for name, values in parse_qs(urlsplit(url).query).items()}
+    named = [given[name] for name in _CERTIFICATES if given.get(name)]
+    if given.get("sslmode", "").startswith("verify-") and "sslrootcert" not in given:
+        named.append(os.environ.get("PGSSLROOTCERT") or str(Path.home() / ".postgresql" / "root.crt"))
+    return all(Path(file).is_file() for file in named)
 
 
 def _is_writable(path: str) -> bool:
@@ -49,7 +64,23 @@ def _is_writable(path: str) -> bool:
 
 
 def _is_redis(url: str) -> bool:
-    return _leads_somewhere(url, "redis", "rediss", "unix")
+    if not _leads_somewhere(url, "redis", "rediss", "unix"):
+        return False
+    parts = urlsplit(url)
+    if parts.scheme != "unix" and parts.path.strip("/") and not parts.path.strip("/").isdecimal():
+        # The driver would take the database 0.
+        return False
+    # Only where there is such a setting: the driver takes a tenth of a second to load.
+    from redis.asyncio import ConnectionPool  # noqa: PLC0415
+    from redis.exceptions import RedisError  # noqa: PLC0415
+
+    try:
+        # As the driver reads it, without connecting: it knows which parameters there are.
+        ConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError, RedisError):
+        return False
+    files = [value for name, value in parse_qsl(parts.query) if name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")]
+    return all(Path(file).is_file() for file in files)
 
 
 def _is_nats(urls: str) -> bool:
@@ -62,7 +93,11 @@ def _is_listen(address: str) -> bool:
     return bool(host) and port.isdecimal() and int(port) <= 65535
 
 
-PostgresUrl = Annotated[str, _only_if(_is_postgres, "an address such as postgresql://user:password@host:5432/database")]
+PostgresUrl = Annotated[
+    str,
+    _only_if(_is_postgres, "an address such as postgresql://user:password@host:5432/database"),
+    _only_if(_has_certificates, "an address whose certificates (sslrootcert, sslcert, sslkey, sslcrl) are files"),
+]
 RedisUrl = Annotated[str, _only_if(_is_redis, "an address such as redis://host:6379/0")]
 NatsUrl = Annotated[str, _only_if(_is_nats, "an address such as nats://host:4222, or several with commas between them")]
 Listen = Annotated[str, _only_if(_is_listen, "host:port")]

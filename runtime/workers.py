@@ -34,7 +34,8 @@ _STABLE_SECONDS = 10.0
 
 def settings_from(arguments: Sequence[str], module: str, settings: type[Chosen]) -> Chosen:
     """The settings of `python -m module`, whose `--workers` goes before TALLY_WORKERS. Exits where one is wrong."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}")
+    # Without a usage, what is wrong is said in one line.
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", usage=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, help="processes that serve on one port (default: TALLY_WORKERS, or 1)")
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     return settings.from_environment(**given)
