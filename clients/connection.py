@@ -1,7 +1,6 @@
 """How a client finds Tally's two servers, calls them, and waits for one that is away."""
 
 import asyncio
-import json
 import random
 import re
 from collections.abc import Awaitable, Callable
@@ -17,6 +16,7 @@ from tally.command.v1.command_service_pb2_grpc import CommandServiceStub
 from tally.query.v1.query_service_pb2_grpc import QueryServiceStub
 
 from clients.failures import Failure
+from clients.run_record import read_address
 
 if TYPE_CHECKING:
     from tally.command.v1.command_service_pb2_grpc import CommandServiceAsyncStub
@@ -112,14 +112,14 @@ def find_address(role: Literal["command", "query"], given: str | None, data_dir:
         return Address(given)
     record = data_dir / "run.json"
     try:
-        return Address(str(json.loads(record.read_text())[f"{role}_address"]), str(record))
+        return Address(read_address(record, f"{role}_address"), str(record))
     except FileNotFoundError:
         raise Failure(
             f"no {role} server: give --{role}-address, set TALLY_{role.upper()}_ADDRESS, or run `tally up`"
             f" in this directory (there is no {record})"
         ) from None
-    except (OSError, ValueError, LookupError, TypeError):
-        raise Failure(f"{record} does not say where the {role} server is; give --{role}-address") from None
+    except ValueError as error:
+        raise Failure(f"{record} does not say where the {role} server is ({error}); give --{role}-address") from None
 
 
 class Server:

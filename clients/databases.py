@@ -1,6 +1,5 @@
 """The stores behind the servers: where they are, and the schemas of databases that an operator brings."""
 
-import json
 import logging
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import structlog
 from asyncpg.exceptions import ClientConfigurationError
 
 from clients.failures import Failure
+from clients.run_record import read_address
 from migrations import migrate_read, migrate_write
 from runtime import postgres
 from runtime.addresses import InvalidAddress
@@ -36,14 +36,14 @@ def find_store(setting: str, given: str | None, data_dir: Path) -> str:
     name = setting.removeprefix("TALLY_").lower()
     record = data_dir / "run.json"
     try:
-        return str(json.loads(record.read_text())[name])
+        return read_address(record, name)
     except FileNotFoundError:
         option = f"--{name.replace('_', '-')}"
         raise Failure(
             f"give {option}, set {setting}, or run `tally up` in this directory (there is no {record})"
         ) from None
-    except (OSError, ValueError, LookupError, TypeError):
-        raise Failure(f"{record} does not say what {setting} is; set it") from None
+    except ValueError as error:
+        raise Failure(f"{record} does not say what {setting} is ({error}); set it") from None
 
 
 def reason(error: Exception) -> str:

@@ -517,8 +517,12 @@ async def _stop_leftovers(record: Path, say: Callable[[str], None]) -> None:
     leftovers = [entry for entry in _recorded(record) if _is_running(entry)]
     for entry in leftovers:
         say(f"{entry['name']}, process {entry['pid']}, is left over from before and is stopped")
-        with suppress(ProcessLookupError):
+        try:
             os.kill(entry["pid"], entry["signal"])
+        except ProcessLookupError:
+            pass
+        except PermissionError:
+            say(f"process {entry['pid']} belongs to another user: stop it by hand")
     for _ in range(int(_LEFTOVER_SECONDS / 0.02)):
         if not any(map(_is_running, leftovers)):
             return

@@ -317,3 +317,44 @@ async def test_a_record_that_no_supervisor_wrote_stops_nothing(tmp_path: Path, c
     (tmp_path / "processes.json").write_text(content)
     async with supervising(tmp_path, 5) as watched:
         assert watched.said == []
+
+
+async def test_a_folder_in_the_place_of_the_record_is_said_and_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "processes.json").mkdir()
+    async with supervising(tmp_path, 5, program(tmp_path, "one")) as watched:
+        assert watched.process("one").pid
+    assert {line.partition(":")[0] for line in watched.said} == {"the record of the processes cannot be written"}
+
+
+async def test_a_leftover_of_another_user_is_named_and_does_not_keep_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign, own = [await asyncio.create_subprocess_exec("sleep", "60", start_new_session=True) for _ in range(2)]
+    kill, killpg = os.kill, os.killpg
+
+    def refuse(pid: int, number: int) -> None:
+        if pid == foreign.pid:
+            raise PermissionError(1, "Operation not permitted")
+        kill(pid, number)
+
+    def refuse_group(pid: int, number: int) -> None:
+        refuse(pid, 0)
+        killpg(pid, number)
+
+    entries = [
+        {"name": name, "pid": child.pid, "created": psutil.Process(child.pid).create_time(), "signal": 15}
+        for name, child in (("foreign", foreign), ("own", own))
+    ]
+    (tmp_path / "processes.json").write_text(json.dumps(entries))
+    monkeypatch.setattr(supervisor, "_LEFTOVER_SECONDS", 0.1)
+    monkeypatch.setattr(os, "kill", refuse)
+    monkeypatch.setattr(os, "killpg", refuse_group)
+    try:
+        async with supervising(tmp_path, 5) as watched:
+            await until(lambda: gone(own.pid))
+            assert not gone(foreign.pid)
+        assert f"process {foreign.pid} belongs to another user: stop it by hand" in watched.said
+    finally:
+        monkeypatch.undo()
+        foreign.kill()
+        await asyncio.gather(foreign.wait(), own.wait())

@@ -251,7 +251,7 @@ def test_a_kept_file_without_what_it_keeps_is_damaged(tmp_path: Path, content: s
         embedded.Nats(tmp_path, set())
 
 
-@pytest.mark.parametrize("name", ["lock", "logs", "nats", "redis.json.new", "ready", "run.json.new"])
+@pytest.mark.parametrize("name", ["lock", "logs", "nats", "redis.json.new", "ready", "run.json", "run.json.new"])
 async def test_what_cannot_be_written_ends_it_with_one_line(tmp_path: Path, name: str) -> None:
     # Something else in the way, as root may write into any folder; a folder where a file goes, and the reverse.
     if name in {"logs", "nats", "ready"}:
