@@ -37,8 +37,8 @@ RETURNING (SELECT log_epoch FROM current_log_epoch)
 -- lock_poll: makes every other change of a poll wait until the transaction ends
 SELECT poll_no FROM polls WHERE poll_id = $1 FOR UPDATE
 
--- read_poll: what a decision needs to know of a locked poll; `now` is its clock, which never falls
-SELECT state, version, spec, greatest(recorded_at, clock_timestamp()) AS now, log_epoch
+-- read_poll: what a decision needs to know of a locked poll, and the time
+SELECT state, version, spec, clock_timestamp() AS now, log_epoch
 FROM polls, current_log_epoch WHERE poll_no = $1
 
 -- change_poll: a locked poll's next event
