@@ -76,7 +76,7 @@ async def main(stop: asyncio.Event) -> None:
         server = serving.new_server()
         server.grpc.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         await serving.serve(
-            server, settings.command_listen, [], stop, lambda _: lifecycle.announce("serving", settings)
+            server, settings.command_listen, [], [], stop, lambda _: lifecycle.announce("serving", settings)
         )
 
 

@@ -3,7 +3,10 @@
 import asyncio
 import sys
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import asyncpg
 import structlog
 from pydantic import Field
 from tally.command.v1 import command_service_pb2
@@ -20,8 +23,10 @@ from command_server.vote_log import VoteLog
 from command_server.voter_secret import OtherSecret, SecretGuard
 from contracts.failures import status_of
 from contracts.voters import VoterKeys
+from migrations import check_write
 from runtime import lifecycle, postgres, serving, telemetry, workers
 from runtime.settings import Listen, PostgresUrl, ServerSettings
+from runtime.stores import Store
 
 log = structlog.get_logger()
 
@@ -30,6 +35,9 @@ _DRAIN_SECONDS = 3.0
 # How long a statement waits for another transaction's lock. Transactions that commit votes of one poll after each other
 # are far faster; what is locked for longer is tried again where it holds up nothing else.
 _LOCK_SECONDS = 0.25
+
+# For votes, and for commands. The caretaker, if this process is the one, has one of its own.
+CONNECTIONS = COMMITTERS + WARY_COMMITTERS + 5
 
 SERVICE = command_service_pb2.DESCRIPTOR.services_by_name["CommandService"].full_name
 
@@ -67,12 +75,19 @@ async def serve(settings: CommandSettings, stop: asyncio.Event, ready: Callable[
     """Serves until `stop`, then records what was accepted. `ready` gets the port."""
     voters = VoterKeys(settings.voter_secret)
     guard = SecretGuard(voters)
+
+    async def check(connection: asyncpg.Connection) -> None:
+        await check_write(connection)
+        await guard.check(connection)
+
     pool = await postgres.connect_pool(
         settings.write_dsn,
-        size=COMMITTERS + WARY_COMMITTERS + 5,
+        size=CONNECTIONS,
         application="command_server",
         lock_seconds=_LOCK_SECONDS,
-        check=guard.check,
+        # What another process may take meanwhile would be missing when votes come.
+        lasting=True,
+        check=check,
     )
     polls, turns = Polls(pool), Turns(pool)
     box = BallotBox(VoteLog(pool, polls))
@@ -80,11 +95,23 @@ async def serve(settings: CommandSettings, stop: asyncio.Event, ready: Callable[
 
     server = serving.new_server(share_port=settings.worker)
     serving.add_service(server, add_CommandServiceServicer_to_server, service, status_of)
+    usable = asyncio.Event()
+
+    def begin(port: int) -> None:
+        usable.set()
+        ready(port)
+
+    async def take_care() -> None:
+        # Not of polls in a schema of another version.
+        await usable.wait()
+        await Caretaker(settings.write_dsn, pool, polls).run()
+
     async with asyncio.TaskGroup() as tasks:
         committing = tasks.create_task(box.run())
-        caring = tasks.create_task(Caretaker(settings.write_dsn, pool, polls).run())
+        caring = tasks.create_task(take_care())
         guarding = tasks.create_task(guard.run())
-        await serving.serve(server, settings.command_listen, [SERVICE], stop, ready)
+        stores = [Store("the write database", partial(_check, pool), postgres.REFUSALS, postgres.UNAVAILABLE)]
+        await serving.serve(server, settings.command_listen, [SERVICE], stores, stop, begin)
         caring.cancel()
         guarding.cancel()
         try:
@@ -95,6 +122,14 @@ async def serve(settings: CommandSettings, stop: asyncio.Event, ready: Callable[
             log.warning("stopped before all votes were recorded")
         committing.cancel()
     pool.terminate()
+
+
+async def _check(pool: "asyncpg.Pool[Any]") -> str:
+    """What the write database is, once this process has all its connections."""
+    async with pool.acquire(timeout=postgres.POOL_SECONDS) as connection:
+        found = f"Postgres {connection.get_settings().server_version}, schema {await check_write(connection)}"
+    await postgres.fill(pool)
+    return found
 
 
 if __name__ == "__main__":

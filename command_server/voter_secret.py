@@ -52,7 +52,7 @@ class SecretGuard:
                     await connection.close(timeout=1)
         except OtherSecret:
             raise
-        except (*UNAVAILABLE, asyncpg.UndefinedTableError):
+        except UNAVAILABLE:
             return
 
     async def run(self) -> None:

@@ -2,10 +2,10 @@
 
 from importlib.resources import files
 
-from runtime import postgres
+import asyncpg
 
-# The first Postgres whose RETURNING tells the row as it was before: votes that take the place of others need it.
-WRITE_VERSION = 18
+from runtime import schema
+
 WRITE = files(__name__) / "write"
 # Each read model in the read database has a schema of its own, named like it, so that it can be replaced as a whole:
 # `tally rebuild` makes another schema from the same files and puts it in this one's place.
@@ -14,10 +14,20 @@ READ = {folder.name: folder for folder in (files(__name__) / "read").iterdir() i
 
 async def migrate_write(dsn: str) -> list[str]:
     """Brings a write database up to date; returns the names of the files that it lacked."""
-    return await postgres.migrate(dsn, WRITE, version=WRITE_VERSION)
+    return await schema.migrate(dsn, WRITE)
 
 
 async def migrate_read(dsn: str) -> list[str]:
     """Brings every read model of a read database up to date; returns the files that it lacked, as `views/0001_…`."""
-    applied = {schema: await postgres.migrate(dsn, folder, schema) for schema, folder in READ.items()}
-    return [f"{schema}/{name}" for schema, names in applied.items() for name in names]
+    applied = {name: await schema.migrate(dsn, folder, name) for name, folder in READ.items()}
+    return [f"{name}/{file}" for name, files_ in applied.items() for file in files_]
+
+
+async def check_write(connection: asyncpg.Connection) -> str:
+    """The newest file that a write database has. Raises UnsupportedStore where this code cannot use its schema."""
+    return await schema.check(connection, WRITE)
+
+
+async def check_read(connection: asyncpg.Connection, read_model: str) -> str:
+    """The same for a read model of a read database."""
+    return await schema.check(connection, READ[read_model], read_model)

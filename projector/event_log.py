@@ -10,6 +10,7 @@ from uuid import UUID
 import asyncpg
 
 from contracts.bus import event_message, event_subject
+from migrations import check_write
 from projector.stream import Message, Origin, Position
 from runtime.postgres import queries
 from runtime.replicas import connect_primary
@@ -123,10 +124,12 @@ class EventLog:
 
 @asynccontextmanager
 async def connect(write_dsn: str, application: str = "rebuild", timeout: float = 10) -> AsyncIterator[EventLog]:
-    """The event log of a write database; not of a standby, which may lack the latest events. `timeout`: seconds."""
+    """The event log of a write database; not of a standby, which may lack the latest events. `timeout`: seconds.
+    Raises UnsupportedStore where this code cannot read it."""
     settings = _SESSION | {"application_name": application}
     connection = await connect_primary(write_dsn, timeout=timeout, command_timeout=_SECONDS, server_settings=settings)
     try:
+        await check_write(connection)
         yield EventLog(connection, Origin(*await connection.fetchrow(sql.origin)))
     finally:
         connection.terminate()

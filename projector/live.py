@@ -39,6 +39,7 @@ from projector.fold import Tally
 from projector.read_model import Change, Damaged, Displaced, Replaced
 from projector.stream import Position
 from runtime.addresses import InvalidAddress
+from runtime.redis import check
 
 log = structlog.get_logger()
 
@@ -65,8 +66,9 @@ class Live:
     @classmethod
     @asynccontextmanager
     async def connect(cls, redis_url: str) -> AsyncIterator[Self]:
-        """Opens the read model for one session."""
+        """Opens the read model for one session. Raises UnsupportedStore where Redis is too old."""
         async with client(redis_url) as redis:
+            await check(redis)
             yield cls(redis, await generation_in_use(redis))
 
     async def position(self) -> Position | None:
@@ -195,7 +197,10 @@ async def client(redis_url: str) -> AsyncIterator[Redis]:
     # No retries below this: the session begins anew and finds out what was stored. No socket_timeout either: it uses
     # asyncio.wait_for, which in Python 3.11 can lose a cancellation; each question has its own limit.
     try:
-        redis = Redis.from_url(redis_url, socket_connect_timeout=2, socket_timeout=None, retry=Retry(NoBackoff(), 0))
+        # The newer protocol needs Redis 6.
+        redis = Redis.from_url(
+            redis_url, socket_connect_timeout=2, socket_timeout=None, retry=Retry(NoBackoff(), 0), protocol=2
+        )
     except ValueError:
         raise InvalidAddress from None
     try:

@@ -31,6 +31,7 @@ from projector.session import Session
 from projector.stream import BEGINNING, Origin, Position
 from runtime import nats
 from runtime.lifecycle import Backoff, reasons
+from runtime.stores import Notice, UnsupportedStore
 
 log = structlog.get_logger()
 
@@ -83,6 +84,7 @@ class Projection:
         # Since when the stream is known that does not name the history of its events.
         self._unnamed_since = 0.0
         self._progress = Progress(kind.name)
+        self._notice, self._report_notice = Notice(), Notice()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Applies events until `stop` is set and the current batch is stored."""
@@ -118,7 +120,9 @@ class Projection:
                 _failures.labels(self._kind.name).inc()
                 self._foreign = failures.subgroup(Foreign) is not None
                 self._progress.interrupted(_cause(failures))
-                log.warning("projecting failed", errors=reasons(failures), failures=backoff.failures + 1)
+                errors = reasons(failures)
+                if self._notice.is_due(str(errors)):
+                    log.warning("projecting failed", errors=errors, failures=backoff.failures + 1)
             else:
                 continue
             # Not within except*, which would wrap a cancellation into a group.
@@ -231,11 +235,13 @@ class Projection:
                         await asyncio.sleep(REPORT_SECONDS)
             except self._kind.failures as failure:
                 self._progress.report()
-                log.warning("the status cannot be stored", error=repr(failure))
+                if self._report_notice.is_due(repr(failure)):
+                    log.warning("the status cannot be stored", error=repr(failure))
             await backoff.wait()
 
     def _begun(self) -> None:
         self._retried = True
+        self._notice.is_due("")
         self._ready()
 
     @property
@@ -371,7 +377,7 @@ def _cause(failures: BaseExceptionGroup[BaseException]) -> str:
     failure: BaseException = failures
     while isinstance(failure, BaseExceptionGroup):
         failure = failure.exceptions[0]
-    if isinstance(failure, (Displaced, Foreign, Incomplete, Outdated, Unsuitable)):
+    if isinstance(failure, (Displaced, Foreign, Incomplete, Outdated, Unsuitable, UnsupportedStore)):
         return str(failure)
     if isinstance(failure, NotFoundError):
         return "there is no stream"

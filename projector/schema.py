@@ -11,12 +11,14 @@ from google.protobuf.message import DecodeError
 
 from contracts.dead_letters import DeadLetter
 from contracts.read_database import CHANNEL, announcements
-from migrations import READ
+from migrations import READ, check_read
 from projector.fold import Tally
 from projector.read_model import Change, Damaged, Displaced, Replaced
 from projector.stream import Position
 from runtime import postgres
 from runtime.replicas import connect_primary
+from runtime.schema import migrate
+from runtime.stores import UnsupportedStore
 
 log = structlog.get_logger()
 sql = postgres.queries(__package__, "schema.sql")
@@ -54,7 +56,8 @@ class Schema:
     @classmethod
     @asynccontextmanager
     async def connect(cls, read_dsn: str, schema: str = "") -> AsyncIterator[Self]:
-        """Opens the read model for one session: the copy in use, or the one in another schema."""
+        """Opens the read model for one session: the copy in use, or the one in another schema. Raises UnsupportedStore
+        where the schema in use is not one for this code."""
         session = _SESSION | {"application_name": f"projector {cls.name}", "search_path": schema or cls.name}
         connection = await connect_primary(read_dsn, timeout=5, command_timeout=SECONDS, server_settings=session)
         try:
@@ -65,8 +68,10 @@ class Schema:
                     raise
                 # The database was dropped, or its schema: it is made anew, and is filled from the event log.
                 log.error("the read model has no schema; it is made anew", read_model=cls.name)
-                await postgres.migrate(read_dsn, READ[cls.name], cls.name)
+                await _make(read_dsn, cls.name)
                 copy = await connection.fetchval(sql.copy)
+            if not schema:
+                await check_read(connection, cls.name)
             yield cls(connection, copy, in_use=not schema)
         finally:
             connection.terminate()
@@ -142,6 +147,15 @@ class Schema:
     async def _apply(self, changes: Sequence[Change]) -> None:
         """Applies changes, within a transaction. Raises Displaced where a poll is not at the version before its own."""
         raise NotImplementedError
+
+
+async def _make(read_dsn: str, read_model: str) -> None:
+    try:
+        await migrate(read_dsn, READ[read_model], read_model)
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise UnsupportedStore(
+            f"there is no schema {read_model}, and this role may not make it ({error}): run `tally migrate`"
+        ) from None
 
 
 def tallies_in(rows: Sequence[asyncpg.Record], tally_of: Callable[[asyncpg.Record], Tally]) -> dict[str, Tally]:

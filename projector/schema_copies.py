@@ -18,6 +18,7 @@ from projector.schema import Schema
 from runtime import postgres
 from runtime.lifecycle import Backoff
 from runtime.replicas import connect_primary
+from runtime.schema import MIGRATION_LOCK, migrate
 
 log = structlog.get_logger()
 sql = postgres.queries(__package__, "schema_copies.sql")
@@ -53,7 +54,7 @@ class SchemaCopies:
         try:
             for (left,) in await connection.fetch(sql.left, kind.name):
                 await _remove(connection, left)
-            await postgres.migrate(read_dsn, READ[kind.name], fresh)
+            await migrate(read_dsn, READ[kind.name], fresh)
             async with kind.connect(read_dsn) as in_use, kind.connect(read_dsn, fresh) as copy:
                 yield cls(connection, in_use, copy, names)
         finally:
@@ -77,7 +78,7 @@ class SchemaCopies:
             raise TimeoutError("somebody changes the read model, or its schema, for long") from error
 
     async def switch(self) -> None:
-        await self._connection.execute(sql.lock_migrations, postgres.MIGRATION_LOCK)
+        await self._connection.execute(sql.lock_migrations, MIGRATION_LOCK)
         if lacking := await self._connection.fetch(self._sql(sql.lacking)):
             raise Displaced(f"the copy in use has been migrated: {lacking[0]['name']}")
         await self._connection.execute(self._sql(sql.switch))

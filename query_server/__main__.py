@@ -3,12 +3,16 @@
 import asyncio
 import sys
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import asyncpg
 from pydantic import Field
 from tally.query.v1 import query_service_pb2
 from tally.query.v1.query_service_pb2_grpc import add_QueryServiceServicer_to_server
 
 from contracts.voters import VoterKeys
+from migrations import READ, check_read
 from query_server import live
 from query_server.announcements import Announcements
 from query_server.answered import Answered
@@ -19,8 +23,10 @@ from query_server.status import Status
 from query_server.views import CONNECTIONS, Views
 from query_server.watchers import Watchers
 from runtime import lifecycle, postgres, serving, telemetry, workers
+from runtime import redis as redis_versions
 from runtime.replicas import spread_readers
 from runtime.settings import Listen, PostgresUrl, RedisUrl, ServerSettings
+from runtime.stores import Store
 
 SERVICE = query_service_pb2.DESCRIPTOR.services_by_name["QueryService"].full_name
 
@@ -50,7 +56,8 @@ async def main(stop: asyncio.Event) -> None:
 
 
 async def serve(settings: QuerySettings, stop: asyncio.Event, ready: Callable[[int], None]) -> None:
-    """Serves until `stop`, also while Redis or the read database is away. `ready` gets the port."""
+    """Serves until `stop`, also while Redis or the read database is away; `ready` gets the port once one of them can be
+    used."""
     pool = await postgres.connect_pool(
         settings.read_dsn, size=CONNECTIONS, application="query_server", read_only=True, schema="views"
     )
@@ -70,11 +77,22 @@ async def serve(settings: QuerySettings, stop: asyncio.Event, ready: Callable[[i
         tasks.create_task(watchers.run(stop))
         loops = (results.run(), announcements.run(), spread_readers(pool), status.measure())
         beside = [tasks.create_task(loop) for loop in loops]
-        await serving.serve(server, settings.query_listen, [SERVICE], stop, ready)
+        stores = [
+            Store("the read database", partial(_check, pool), postgres.REFUSALS, postgres.UNAVAILABLE),
+            Store("Redis", partial(redis_versions.check, redis), redis_versions.REFUSALS, redis_versions.FAILURES),
+        ]
+        await serving.serve(server, settings.query_listen, [SERVICE], stores, stop, ready)
         for task in beside:
             task.cancel()
     await redis.aclose()
     pool.terminate()
+
+
+async def _check(pool: "asyncpg.Pool[Any]") -> str:
+    """What the read database is."""
+    async with pool.acquire(timeout=postgres.POOL_SECONDS) as connection:
+        found = [f"{name} {await check_read(connection, name)}" for name in READ]
+        return f"Postgres {connection.get_settings().server_version}, schemas {', '.join(found)}"
 
 
 if __name__ == "__main__":

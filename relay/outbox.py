@@ -9,6 +9,7 @@ from uuid import UUID
 import asyncpg
 
 from contracts.bus import MESSAGE_ID_HEADER, event_headers, event_message, microseconds
+from migrations import check_write
 from runtime.postgres import queries
 from runtime.replicas import connect_primary
 
@@ -82,9 +83,11 @@ class Outbox:
 
 @asynccontextmanager
 async def connect(dsn: str, shard: int, shards: int) -> AsyncIterator[Outbox]:
-    """The outbox of one of `shards`. Its lock is free again when the context ends or the process does."""
+    """The outbox of one of `shards`. Its lock is free again when the context ends or the process does. Raises
+    UnsupportedStore where the write database is not what this code needs."""
     connection = await connect_primary(dsn, timeout=5, command_timeout=_SECONDS, server_settings=_SESSION)
     try:
+        await check_write(connection)
         yield Outbox(connection, shard, shards)
     finally:
         connection.terminate()

@@ -12,6 +12,7 @@ from uuid import UUID
 
 import asyncpg
 import structlog
+from nats.aio.client import Client
 from prometheus_client import Counter, Gauge
 
 from contracts.bus import EventHeaders
@@ -25,6 +26,7 @@ from relay.stream import Stream, StreamedEvent, Unusable
 from runtime import nats, postgres
 from runtime.failpoints import failpoint
 from runtime.lifecycle import Backoff, reasons
+from runtime.stores import Notice
 
 log = structlog.get_logger()
 
@@ -32,8 +34,6 @@ _STANDBY_SECONDS = 0.5
 # Between two looks into an empty outbox: short after an event, longer while nothing happens.
 _SHORTEST_PAUSE_SECONDS = 0.002
 _LONGEST_PAUSE_SECONDS = 0.020
-# How often it is said that something is to be changed by an operator.
-_REFUSAL_SECONDS = 10.0
 # The most polls of which a session remembers the version that it published last.
 _REMEMBERED_POLLS = 10_000
 # A session that lasted this long was a good one: the next pause is a short one.
@@ -63,7 +63,8 @@ class Shard:
         self._backlog = Backlog(pool, shard, shards)
         self._history = History(pool)
         self._leads = _leads.labels(shard)
-        self._refused_at = 0.0
+        self._notice = Notice()
+        self._durability_checked = False
 
     async def run(self, stop: asyncio.Event) -> None:
         """Relays until `stop` is set; then what is under way is finished and nothing acknowledged is left behind."""
@@ -89,13 +90,11 @@ class Shard:
             await backoff.wait()
 
     def _tell(self, failures: BaseExceptionGroup[BaseException], count: int) -> None:
-        for_an_operator = failures.subgroup(Unusable) is not None
-        if for_an_operator and time.monotonic() - self._refused_at < _REFUSAL_SECONDS:
-            # It says the same until something is changed.
-            return
-        self._refused_at = time.monotonic() if for_an_operator else 0.0
-        say = log.error if for_an_operator else log.warning
-        say("relaying failed", shard=self._shard, errors=reasons(failures), failures=count)
+        errors = reasons(failures)
+        if self._notice.is_due(str(errors)):
+            for_an_operator = failures.subgroup((Unusable, *postgres.REFUSALS)) is not None
+            say = log.error if for_an_operator else log.warning
+            say("relaying failed", shard=self._shard, errors=errors, failures=count)
 
     async def _session(self, stop: asyncio.Event) -> None:
         async with (
@@ -116,7 +115,8 @@ class Shard:
             epoch = await self._history.agree(stream)
             repair = Repair(self._pool, connection, self._shard, self._shards)
             comparison = Comparison(self._pool, stream, self._history, epoch, self._shard, self._shards)
-            log.info("leading", shard=self._shard, log_epoch=str(epoch))
+            self._notice.is_due("")
+            log.info("leading", shard=self._shard, log_epoch=str(epoch), nats=nats.version(connection))
             self._leads.set(1)
             self._ready()
             try:
@@ -128,12 +128,19 @@ class Shard:
                         tasks.create_task(self._backlog.report(connection)),
                         tasks.create_task(stream.keep_watch()),
                         tasks.create_task(self._history.watch(epoch)),
+                        tasks.create_task(self._check_durability(connection)),
                     ]
                     await self._publish(events, stream, epoch, stop)
                     for task in beside:
                         task.cancel()
             finally:
                 self._leads.set(0)
+
+    async def _check_durability(self, connection: Client) -> None:
+        # Once for each process.
+        if self._shard == 0 and not self._durability_checked:
+            self._durability_checked = True
+            await nats.check_durability(connection)
 
     async def _publish(self, events: Outbox, stream: Stream, epoch: UUID, stop: asyncio.Event) -> None:
         acknowledged: list[int] = []

@@ -19,7 +19,11 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 
 from runtime.addresses import InvalidAddress
+from runtime.stores import UnsupportedStore
 
+# The first Postgres that has what both databases need: votes that take the place of others are told by RETURNING old,
+# the key of a vote is read by virtual columns, and uuidv7() names a history of the log.
+VERSION = 18
 # How long a server may take to accept a connection, where there are others; seconds.
 _SERVER_SECONDS = 1.0
 # How often readers are spread again; seconds.
@@ -158,7 +162,8 @@ async def _connect(
 
 
 async def _open(server: str, seconds: float, options: dict[str, Any]) -> asyncpg.Connection:
-    """A connection to one server. Raises Pooled where a pooler answers in its place and drops a session's settings."""
+    """A connection to one server. Raises UnsupportedStore where it is too old, Pooled where a pooler answers in its
+    place and drops a session's settings."""
     try:
         connection = await asyncpg.connect(server, timeout=seconds, **options)
     except asyncpg.ProtocolViolationError as error:
@@ -166,6 +171,9 @@ async def _open(server: str, seconds: float, options: dict[str, Any]) -> asyncpg
             raise Pooled from None
         raise
     try:
+        if connection.get_server_version().major < VERSION:
+            running = connection.get_settings().server_version
+            raise UnsupportedStore(f"this is Postgres {running}, and Tally needs version {VERSION} or newer")
         # A pooler names another process than the one that runs the statements.
         async with asyncio.timeout(seconds):
             if await connection.fetchval("SELECT pg_backend_pid()") != connection.get_server_pid():

@@ -4,7 +4,7 @@ import asyncio
 import inspect
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -23,6 +23,7 @@ from prometheus_client import REGISTRY
 from runtime import wire
 from runtime.call_metrics import CallMetrics
 from runtime.draining import Drain
+from runtime.stores import Store, until_supported
 from runtime.wire import InvalidMessage
 
 log = structlog.get_logger()
@@ -113,12 +114,18 @@ def add_service(
 
 
 async def serve(
-    server: Server, listen: str, services: Sequence[str], stop: asyncio.Event, ready: Callable[[int], None]
+    server: Server,
+    listen: str,
+    services: Sequence[str],
+    stores: Sequence[Store],
+    stop: asyncio.Event,
+    ready: Callable[[int], None],
 ) -> None:
     """Listens on `listen` (host:port) until `stop` is set, then finishes the calls under way, for 5 s at most; what is
     not finished or not begun by then ends with UNAVAILABLE.
 
-    `services` are the full names that health and reflection list; `ready` is called with the port once it serves.
+    `services` are the full names that health and reflection list. They are NOT_SERVING until the `stores` can be used;
+    then `ready` is called with the port. What happens to the stores after that changes neither.
     """
     health = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server.grpc)
@@ -130,16 +137,28 @@ async def serve(
     except RuntimeError:
         sys.exit(f"cannot listen on {listen}: somebody else does, or it is no address of this machine")
     await server.grpc.start()
-    for name in ("", *services):
-        await health.set(name, HealthCheckResponse.SERVING)
-    ready(port)
     try:
-        await stop.wait()
+        if await _before(stop, until_supported(stores)):
+            for name in ("", *services):
+                await health.set(name, HealthCheckResponse.SERVING)
+            ready(port)
+            await stop.wait()
     finally:
         log.info("draining")
         await health.enter_graceful_shutdown()
         await server.drain.run(port)
         await server.grpc.stop(_STOP_SECONDS)
+
+
+async def _before(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Whether `work` ended before `stop` was set."""
+    async with asyncio.TaskGroup() as tasks:
+        working, stopping = tasks.create_task(work), tasks.create_task(stop.wait())
+        await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
+        done = working.done()
+        working.cancel()
+        stopping.cancel()
+    return done
 
 
 def new_server(*, share_port: bool = False, max_connection_age: float | None = None) -> Server:

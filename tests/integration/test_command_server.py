@@ -34,7 +34,7 @@ from contracts import freshness
 from contracts.bus import MAX_PAYLOAD_BYTES
 from contracts.voters import VoterKeys
 from runtime.embedded import Stores, free_port
-from runtime.postgres import MIGRATION_LOCK
+from runtime.schema import MIGRATION_LOCK
 from runtime.serving import MAX_REQUEST_BYTES, violations
 from tests.processes import service
 from tests.proxy import proxy, through

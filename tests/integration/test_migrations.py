@@ -19,7 +19,8 @@ from clients.failures import Failure
 from command_server.ballots import ballot_key, marking
 from contracts import log_epoch
 from contracts.read_database import vote_key
-from runtime import postgres
+from runtime import replicas, schema
+from runtime.stores import UnsupportedStore
 from tests.servers import sql
 
 
@@ -32,7 +33,7 @@ def files_up_to(number: str, folder: Traversable, directory: Path) -> Path:
 
 
 async def test_votes_and_rolls_keep_their_voters_under_the_new_key(write_dsn: str, tmp_path: Path) -> None:
-    await postgres.migrate(write_dsn, files_up_to("0003", migrations.WRITE, tmp_path), "before")
+    await schema.migrate(write_dsn, files_up_to("0003", migrations.WRITE, tmp_path), "before")
     voters = {poll_no: sorted(os.urandom(16) for _ in range(5)) for poll_no in (1, 2, 300)}
     votes = [(7, poll_no, marking([1])[4:], UUID(bytes=key)) for poll_no, keys in voters.items() for key in keys]
     rolls = [(poll_no, weight, vote) for weight, (_, poll_no, _, vote) in enumerate(votes, 1)]
@@ -43,7 +44,7 @@ async def test_votes_and_rolls_keep_their_voters_under_the_new_key(write_dsn: st
     finally:
         await connection.close()
 
-    assert "0003_one_key_for_poll_and_voter.sql" in await postgres.migrate(write_dsn, migrations.WRITE, "before")
+    assert "0003_one_key_for_poll_and_voter.sql" in await schema.migrate(write_dsn, migrations.WRITE, "before")
     keys = [ballot_key(poll_no, key) for poll_no, keys in voters.items() for key in keys]
     rows = await sql(write_dsn, "SELECT batch_id, ballot_key, choices FROM before.votes ORDER BY ballot_key")
     assert [tuple(row) for row in rows] == [(7, key, b"\0\1") for key in keys]
@@ -53,7 +54,7 @@ async def test_votes_and_rolls_keep_their_voters_under_the_new_key(write_dsn: st
 
 async def test_the_views_keep_their_votes_under_the_new_key(read_dsn: str, tmp_path: Path) -> None:
     views = migrations.READ["views"]
-    await postgres.migrate(read_dsn, files_up_to("0006", views, tmp_path), "before")
+    await schema.migrate(read_dsn, files_up_to("0006", views, tmp_path), "before")
     voters = sorted(os.urandom(16) for _ in range(5))
     now = datetime.now(UTC)
     votes = [(version, now, poll_no, UUID(bytes=key)) for version, key in enumerate(voters) for poll_no in (1, 300)]
@@ -63,7 +64,7 @@ async def test_the_views_keep_their_votes_under_the_new_key(read_dsn: str, tmp_p
     finally:
         await connection.close()
 
-    assert "0006_one_key_for_voter_and_poll.sql" in await postgres.migrate(read_dsn, views, "before")
+    assert "0006_one_key_for_voter_and_poll.sql" in await schema.migrate(read_dsn, views, "before")
     rows = await sql(read_dsn, "SELECT version, recorded_at, vote_key, poll_no FROM before.votes ORDER BY vote_key")
     assert [tuple(row) for row in rows] == [
         (version, now, vote_key(key, poll_no), poll_no) for version, key in enumerate(voters) for poll_no in (1, 300)
@@ -71,10 +72,10 @@ async def test_the_views_keep_their_votes_under_the_new_key(read_dsn: str, tmp_p
 
 
 async def test_a_lock_that_is_never_released_is_said(write_dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgres, "_MIGRATION_LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(schema, "_MIGRATION_LOCK_SECONDS", 0.2)
     holder = await asyncpg.connect(write_dsn)
     try:
-        await holder.execute("SELECT pg_advisory_lock($1)", postgres.MIGRATION_LOCK)
+        await holder.execute("SELECT pg_advisory_lock($1)", schema.MIGRATION_LOCK)
         with pytest.raises(TimeoutError, match="migration lock"):
             await migrations.migrate_write(write_dsn)
     finally:
@@ -87,9 +88,9 @@ FIRST = "SELECT log_epoch, reason FROM {}log_epochs"
 async def test_an_empty_log_gets_an_epoch_and_one_with_events_keeps_none(write_dsn: str, tmp_path: Path) -> None:
     rows = await sql(write_dsn, FIRST.format(""))
     assert [row["log_epoch"].version for row in rows] == [7]
-    await postgres.migrate(write_dsn, files_up_to("0006", migrations.WRITE, tmp_path), "before")
+    await schema.migrate(write_dsn, files_up_to("0006", migrations.WRITE, tmp_path), "before")
     await sql(write_dsn, "INSERT INTO before.events (poll_no, version, recorded_at, payload) VALUES (1, 1, now(), '')")
-    assert "0006_log_epoch.sql" in await postgres.migrate(write_dsn, migrations.WRITE, "before")
+    assert "0006_log_epoch.sql" in await schema.migrate(write_dsn, migrations.WRITE, "before")
     rows = await sql(write_dsn, FIRST.format("before."))
     assert [row["log_epoch"] for row in rows] == [log_epoch.ZERO]
 
@@ -114,27 +115,27 @@ async def test_a_new_epoch_is_greater_than_all_that_anybody_knows(write_dsn: str
 async def test_a_postgres_that_is_too_old_is_refused_in_one_line(
     write_dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(migrations, "WRITE_VERSION", 99)
+    monkeypatch.setattr(replicas, "VERSION", 99)
     with pytest.raises(Failure) as failure:
         await migrate("write", write_dsn)
     [line] = str(failure.value).splitlines()
     assert re.fullmatch(
-        r"the write database was not migrated: this is Postgres 1\d.*, and Tally needs version 99 or newer here", line
+        r"the write database was not migrated: this is Postgres 1\d.*, and Tally needs version 99 or newer", line
     )
 
 
 async def test_a_migration_that_was_edited_after_it_was_applied_is_refused(write_dsn: str, tmp_path: Path) -> None:
     first, second = tmp_path / "0001_first.sql", tmp_path / "0002_second.sql"
     first.write_text("CREATE TABLE made_here ()")
-    assert await postgres.migrate(write_dsn, tmp_path, "edited") == [first.name]
+    assert await schema.migrate(write_dsn, tmp_path, "edited") == [first.name]
     # A database of before there were digests: what it has is taken for what the file is now.
     await sql(write_dsn, "ALTER TABLE edited.schema_migrations DROP COLUMN digest")
     first.write_text("CREATE TABLE made_here (text text)")
-    assert await postgres.migrate(write_dsn, tmp_path, "edited") == []
+    assert await schema.migrate(write_dsn, tmp_path, "edited") == []
     first.write_text("CREATE TABLE made_here (number int)")
     second.write_text("CREATE TABLE made_later ()")
-    with pytest.raises(postgres.Edited, match=r"^0001_first\.sql was edited after it was applied here"):
-        await postgres.migrate(write_dsn, tmp_path, "edited")
+    with pytest.raises(UnsupportedStore, match=r"^0001_first\.sql was edited after it was applied here"):
+        await schema.migrate(write_dsn, tmp_path, "edited")
     assert await sql(write_dsn, "SELECT to_regclass('edited.made_later')") == [(None,)]
     first.write_text("CREATE TABLE made_here (text text)")
-    assert await postgres.migrate(write_dsn, tmp_path, "edited") == [second.name]
+    assert await schema.migrate(write_dsn, tmp_path, "edited") == [second.name]

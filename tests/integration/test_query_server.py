@@ -45,10 +45,11 @@ from projector.read_model import Change
 from projector.stream import BEGINNING, Position
 from query_server import announcements as announcing
 from query_server import freshness, live, status, watchers
+from query_server.__main__ import SERVICE
 from query_server.live import LiveResults
 from query_server.views import Views
 from runtime.embedded import Stores, free_port
-from tests.processes import service
+from tests.processes import eventually, service
 from tests.proxy import Proxy, proxy
 from tests.servers import VOTER_SECRET, Refused, query_channel, refused, views_of
 
@@ -1802,11 +1803,14 @@ async def test_workers_share_a_port(read_dsn: str, redis_url: str, models: ReadM
 
 
 @asynccontextmanager
-async def process(read_dsn: str, redis_url: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, grpc.aio.Channel]]:
-    """`python -m query_server`, once it serves, and a channel to it."""
+async def process(
+    read_dsn: str, redis_url: str, until: str = "serving"
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, grpc.aio.Channel]]:
+    """`python -m query_server`, once it has logged that it serves, or something else, and a channel to it."""
+    address = f"127.0.0.1:{free_port()}"
     environment = {
         "PATH": os.environ["PATH"],
-        "TALLY_QUERY_LISTEN": "127.0.0.1:0",
+        "TALLY_QUERY_LISTEN": address,
         "TALLY_READ_DSN": read_dsn,
         "TALLY_REDIS_URL": redis_url,
         "TALLY_VOTER_SECRET": VOTER_SECRET,
@@ -1818,10 +1822,9 @@ async def process(read_dsn: str, redis_url: str) -> AsyncIterator[tuple[asyncio.
     try:
         async with asyncio.timeout(20):
             async for line in running.stderr:
-                entry = json.loads(line)
-                if entry["event"] == "serving":
+                if json.loads(line)["event"] == until:
                     break
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{entry['port']}") as channel:
+        async with grpc.aio.insecure_channel(address) as channel:
             yield running, channel
     finally:
         if running.returncode is None:
@@ -1846,21 +1849,25 @@ async def test_streams_end_at_once_when_the_server_stops(read_dsn: str, redis_ur
             assert await running.wait() == 0
 
 
-async def test_it_serves_before_its_stores_do(read_dsn: str, redis_url: str, models: ReadModels) -> None:
+async def test_it_serves_as_soon_as_one_of_its_stores_does(read_dsn: str, redis_url: str, models: ReadModels) -> None:
     poll_id = await models.poll()
     await models.publish(poll_id, 2)
     async with proxy(port_of(redis_url)) as to_redis, proxy(port_of(read_dsn)) as to_database:
         await to_redis.cut()
         await to_database.cut()
         dsn, url = at_port(read_dsn, to_database.port), at_port(redis_url, to_redis.port)
-        async with process(dsn, url) as (_, channel):
+        async with process(dsn, url, until="the read database cannot be used") as (_, channel):
             health = health_pb2_grpc.HealthStub(channel)
-            for name in ("", "tally.query.v1.QueryService"):
-                response = await health.Check(health_pb2.HealthCheckRequest(service=name))
-                assert response.status == health_pb2.HealthCheckResponse.SERVING
+
+            async def all_are(status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> bool:
+                checks = [health.Check(health_pb2.HealthCheckRequest(service=name)) for name in ("", SERVICE)]
+                return {answer.status for answer in await asyncio.gather(*checks)} == {status}
+
+            assert await all_are(health_pb2.HealthCheckResponse.NOT_SERVING)
             stub = QueryServiceStub(channel)
             assert (await refused(get_results(stub, poll_id))).reason == "STORE_UNAVAILABLE"
             await to_database.restore()
+            await eventually(lambda: all_are(health_pb2.HealthCheckResponse.SERVING))
             assert (await get_results(stub, poll_id)).source == STORED
             watch = Watch(stub, poll_id)
             assert (await watch.next()).version == 1

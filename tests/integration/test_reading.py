@@ -55,7 +55,7 @@ from projector.stream import Position
 from projector.views import Views
 from query_server import turnout as charts
 from query_server.views import Views as Readers
-from runtime.postgres import migrate
+from runtime.schema import migrate
 from tests.pauses import longest_pause
 from tests.processes import eventually
 from tests.servers import VOTER_SECRET, query_channel, refused, sql, views_of
