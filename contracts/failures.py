@@ -23,6 +23,9 @@ def refusal_of(error: Exception, store_failures: tuple[type[Exception], ...] = p
         return invalid_request(error.fields)
     if isinstance(error, Stopping):
         return Refusal(ErrorReason.ERROR_REASON_STORE_UNAVAILABLE, str(error))
+    if isinstance(error, postgres.WITHOUT_SCHEMA):
+        log.error("a database lacks its schema, or its role a right: run `tally migrate`", error=repr(error))
+        return Refusal(ErrorReason.ERROR_REASON_STORE_UNAVAILABLE, "a database lacks its schema; try again later")
     if isinstance(error, store_failures):
         log.warning("a store did not answer", error=repr(error))
         return Refusal(ErrorReason.ERROR_REASON_STORE_UNAVAILABLE, "a database did not answer in time; try again")

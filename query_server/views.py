@@ -272,9 +272,6 @@ class Views:
                     returned.add_done_callback(lambda returned: returned.cancelled() or returned.exception())
                     raise
                 await self._pool.release(connection)
-        except (asyncpg.InvalidCatalogNameError, asyncpg.UndefinedTableError) as error:
-            # It was wiped, and is not made anew yet.
-            raise ConnectionError("the read database has no tables") from error
         except asyncpg.TransactionRollbackError as error:
             raise ConnectionResetError("a standby ended the question, which was in the way of its replay") from error
 
