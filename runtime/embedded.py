@@ -74,7 +74,8 @@ _POSTGRES_SETTINGS = {
     "listen_addresses": _HOST,
     # A socket's path has 107 bytes at most, a data directory's may be longer.
     "unix_socket_directories": "",
-    "max_connections": "100",
+    # Each worker of the command server keeps 11, each of the query server takes up to 11.
+    "max_connections": "300",
     "fsync": "on",
     "synchronous_commit": "on",
     "full_page_writes": "on",
