@@ -11,10 +11,12 @@ import asyncpg
 import nats
 import pytest
 import redis.asyncio
+from nats.aio.client import Client
 from nats.js import JetStreamContext
 
 from migrations import migrate_read, migrate_write
 from runtime import embedded
+from tests.event_log import EventLog, event_log
 from tests.system import System, running_system
 
 _numbers = itertools.count(1)
@@ -68,6 +70,19 @@ async def nats_url(stores: embedded.Stores) -> str:
     finally:
         await connection.close()
     return stores.nats_url
+
+
+@pytest.fixture
+async def log(write_dsn: str) -> AsyncIterator[EventLog]:
+    async with event_log(write_dsn) as log:
+        yield log
+
+
+@pytest.fixture
+async def bus(nats_url: str) -> AsyncIterator[Client]:
+    connection = await nats.connect(nats_url)
+    yield connection
+    await connection.close()
 
 
 @pytest.fixture

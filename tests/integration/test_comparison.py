@@ -26,21 +26,8 @@ from relay.history import History
 from relay.stream import Stream
 from runtime.postgres import connect_pool
 from tests.event_log import EventLog, event_log
-from tests.integration.test_relay import compare_once, drained, published, relaying
 from tests.processes import eventually
-
-
-@pytest.fixture
-async def log(write_dsn: str) -> AsyncIterator[EventLog]:
-    async with event_log(write_dsn) as log:
-        yield log
-
-
-@pytest.fixture
-async def bus(nats_url: str) -> AsyncIterator[Client]:
-    connection = await nats.connect(nats_url)
-    yield connection
-    await connection.close()
+from tests.relaying import compare_once, drained, published, relaying
 
 
 async def many_polls(log: EventLog, polls: int) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from uuid import UUID, uuid4
 
-import nats
 import pytest
 from nats.aio.client import Client
 from nats.js import JetStreamContext
@@ -29,22 +27,9 @@ from contracts.bus import (
 )
 from relay import outbox
 from relay.stream import Stream
-from tests.event_log import EventLog, WrittenPoll, event_log
-from tests.integration.test_relay import compare_once, drained, published, relaying
+from tests.event_log import EventLog, WrittenPoll
 from tests.processes import eventually
-
-
-@pytest.fixture
-async def log(write_dsn: str) -> AsyncIterator[EventLog]:
-    async with event_log(write_dsn) as log:
-        yield log
-
-
-@pytest.fixture
-async def bus(nats_url: str) -> AsyncIterator[Client]:
-    connection = await nats.connect(nats_url)
-    yield connection
-    await connection.close()
+from tests.relaying import compare_once, drained, published, relaying
 
 
 async def current(log: EventLog) -> UUID:

@@ -14,7 +14,6 @@ from typing import Any
 from uuid import uuid4
 
 import asyncpg
-import nats
 import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -54,18 +53,12 @@ from projector.views import Views
 from relay import comparison, repair
 from relay.__main__ import RelaySettings, relay
 from runtime.embedded import Stores
-from tests.event_log import EventLog, WrittenPoll, event_log
+from tests.event_log import EventLog, WrittenPoll
 from tests.event_log import sql as log_sql
 from tests.processes import eventually, service
 from tests.servers import views_of
 
 Runner = Callable[[asyncio.Event], Awaitable[None]]
-
-
-@pytest.fixture
-async def log(write_dsn: str) -> AsyncIterator[EventLog]:
-    async with event_log(write_dsn) as log:
-        yield log
 
 
 @pytest.fixture
@@ -77,13 +70,6 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
 @pytest.fixture
 async def read(read_dsn: str) -> AsyncIterator[asyncpg.Connection]:
     connection = await asyncpg.connect(views_of(read_dsn))
-    yield connection
-    await connection.close()
-
-
-@pytest.fixture
-async def bus(nats_url: str) -> AsyncIterator[Client]:
-    connection = await nats.connect(nats_url)
     yield connection
     await connection.close()
 

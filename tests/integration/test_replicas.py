@@ -25,7 +25,7 @@ from relay.__main__ import RelaySettings, relay
 from runtime import replicas
 from runtime.embedded import Postgres
 from tests import standby
-from tests.event_log import EventLog, WrittenPoll, event_log
+from tests.event_log import EventLog, WrittenPoll
 from tests.processes import eventually
 from tests.servers import VOTER_SECRET, refused, serving, sql
 from tests.standby import Server, Standby
@@ -65,12 +65,6 @@ async def pair() -> AsyncIterator[Pair]:
     """Shared by the tests that leave both as they were."""
     async with a_pair() as pair:
         yield pair
-
-
-@pytest.fixture
-async def log(write_dsn: str) -> AsyncIterator[EventLog]:
-    async with event_log(write_dsn) as log:
-        yield log
 
 
 @asynccontextmanager

@@ -35,7 +35,7 @@ from query_server.__main__ import QuerySettings
 from query_server.__main__ import serve as serve_queries
 from relay.__main__ import RelaySettings, relay
 from runtime.embedded import Stores
-from tests.event_log import EventLog, event_log
+from tests.event_log import EventLog
 from tests.processes import eventually
 from tests.servers import VOTER_SECRET, serving, sql
 
@@ -52,12 +52,6 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 def settings(write_dsn: str, read_dsn: str, nats_url: str, redis_url: str) -> dict[str, str]:
     """Where the stores are, by the names of the settings."""
     return {"write_dsn": write_dsn, "read_dsn": read_dsn, "nats_url": nats_url, "redis_url": redis_url}
-
-
-@pytest.fixture
-async def log(write_dsn: str) -> AsyncIterator[EventLog]:
-    async with event_log(write_dsn) as log:
-        yield log
 
 
 class Asked:
