@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from enum import Enum
-from itertools import chain
+from itertools import chain, islice
 from random import Random
 from typing import NamedTuple
 
@@ -37,6 +37,8 @@ sql = queries(__package__)
 # One attempt, and all attempts together, in seconds.
 ATTEMPT_SECONDS = 10.0
 PATIENCE_SECONDS = 15.0
+# The most callers who are told at once what became of their ballots.
+TOLD_AT_ONCE = 100
 # A ballot that waited for longer than the first of these, in seconds, may be of a caller who has gone, which the server
 # has been told of and has not read yet: it gets the second one for that.
 _LONG_WAIT_SECONDS = 0.1
@@ -93,15 +95,25 @@ class Batch:
     def settle(self, verdicts: Verdicts) -> None:
         """Tells the callers what became of their ballots."""
         self.recorded = True
-        start = 0
-        for piece in self.pieces:
-            piece.submission.settle(piece, verdicts.part(start, len(piece.ballots)))
-            start += len(piece.ballots)
+
+        def tell() -> Iterator[None]:
+            start = 0
+            for piece in self.pieces:
+                piece.submission.settle(piece, verdicts.part(start, len(piece.ballots)))
+                start += len(piece.ballots)
+                yield
+
+        _tell_in_turns(tell())
 
     def fail(self, error: BaseException) -> None:
-        """Tells the callers that nobody knows what became of their ballots."""
-        for piece in self.pieces:
-            piece.submission.fail(error)
+        """Tells the callers that it is unknown what became of their ballots."""
+
+        def tell() -> Iterator[None]:
+            for piece in self.pieces:
+                piece.submission.fail(error)
+                yield
+
+        _tell_in_turns(tell())
 
     @property
     def changes(self) -> bool:
@@ -116,6 +128,13 @@ class Batch:
 
 def _ballots(pieces: Iterable[Piece]) -> list[bytes]:
     return list(chain.from_iterable([piece.ballots for piece in pieces]))
+
+
+def _tell_in_turns(callers: Iterator[None]) -> None:
+    """Tells callers one after the other, with other work of the loop in between: each has an answer to send, and
+    thousands that wake at once would hold up all else for a second."""
+    if sum(1 for _ in islice(callers, TOLD_AT_ONCE)) == TOLD_AT_ONCE:
+        asyncio.get_running_loop().call_soon(_tell_in_turns, callers)
 
 
 class _Position(NamedTuple):
