@@ -6,7 +6,7 @@ which a commit found a voter's vote locked goes on by itself: no other poll wait
 """
 
 import asyncio
-from itertools import takewhile
+from itertools import islice, takewhile
 from math import inf
 
 import asyncpg
@@ -14,10 +14,10 @@ import structlog
 from prometheus_client import Gauge, Histogram
 from tally.poll.v1.error_reason_pb2 import ErrorReason
 
-from command_server.ballot_queue import SMALL_BATCH, BallotQueue, Piece, Submission, Verdicts, halves
+from command_server.ballot_queue import SMALL_BATCH, BallotQueue, Piece, Size, Submission, Verdicts, halves
 from command_server.poll import locked
 from command_server.polls import Poll
-from command_server.vote_log import Batch, Lock, VoteLog
+from command_server.vote_log import TOLD_AT_ONCE, Batch, Lock, VoteLog
 from contracts.refusals import Refusal
 from runtime.postgres import UNAVAILABLE
 
@@ -37,9 +37,9 @@ PACE_SECONDS_PER_BALLOT = 0.0004
 PACE_SECONDS = 0.004
 # Small commits come one after the other, for the same reason; but none waits longer for the one before.
 SLOW_COMMIT_SECONDS = 0.02
-# The most ballots that wait: about 100 bytes each, and two more for each choice of an approval. Those of a request are
-# kept until all of them are recorded, so up to twice as many are in memory.
-CAPACITY = 800_000
+# The bytes of ballots that wait: some 800,000 of one choice. Those of a request are kept until all of them are
+# recorded, so up to twice as many are in memory.
+CAPACITY_BYTES = 80 << 20
 # The most single votes that wait: each is a call, which takes some 50 KiB where each is for another poll.
 CALLS = 7_000
 # How long a request may wait for its first commit, and how often it is looked for those that waited longer, in seconds.
@@ -51,6 +51,7 @@ _PAUSE_SECONDS = 0.25
 
 _commit_seconds = Histogram("tally_commit_seconds", "Time of one commit, with its retries.")
 _waiting = Gauge("tally_votes_waiting", "Votes in the queue.")
+_waiting_bytes = Gauge("tally_votes_waiting_bytes", "Memory that the votes in the queue take.")
 _locked_polls = Gauge(
     "tally_commit_locked_polls", "Polls whose votes wait because another transaction has locked them."
 )
@@ -78,8 +79,8 @@ class BallotBox:
         self._any_held = asyncio.Event()
         # The submissions of which no commit has taken a ballot, oldest first; a dict for its order.
         self._unbegun: dict[Submission, None] = {}
-        # Ballots that wait or are being committed, and the event that there are fewer than before.
-        self._ballots = 0
+        # What waits or is being committed, and the event that there are fewer than before.
+        self._size = Size()
         self._fewer = asyncio.Event()
         # Single votes that wait for their verdicts.
         self._calls = 0
@@ -96,7 +97,7 @@ class BallotBox:
 
     async def drain(self) -> None:
         """Returns when no ballot waits any more."""
-        while self._ballots:
+        while self._size.ballots:
             await self._until_fewer()
 
     def cast(self, poll: Poll, ballot: bytes, deadline: float = inf) -> "asyncio.Future[Verdicts]":
@@ -123,7 +124,7 @@ class BallotBox:
     def _has_room(self, poll: Poll) -> bool:
         """Whether a poll may have more ballots wait: no more than there is room left for others."""
         queue = self._queues.get((poll.poll_no, poll.state))
-        return (queue.ballots if queue else 0) < CAPACITY - self._ballots
+        return (queue.size.bytes if queue else 0) < CAPACITY_BYTES - self._size.bytes
 
     async def cast_all(self, poll: Poll, batch: list[bytes], deadline: float = inf) -> "asyncio.Future[Verdicts]":
         """Waits for room, accepts the ballots, and returns the future that says what became of them."""
@@ -141,9 +142,9 @@ class BallotBox:
         if queue is None:
             queue = self._queues[poll.poll_no, poll.state] = BallotQueue(poll)
         submission = Submission(batch, loop.time(), loop.create_future(), deadline)
-        queue.put(submission)
-        self._unbegun[submission] = None
-        self._ballots += len(batch)
+        self._size = self._size.plus(queue.put(submission))
+        if not submission.verdicts.done():
+            self._unbegun[submission] = None
         self._offer(queue)
         return submission.verdicts
 
@@ -223,28 +224,33 @@ class BallotBox:
         loop = asyncio.get_running_loop()
         started = loop.time()
         batches: list[tuple[BallotQueue, Batch]] = []
-        taken = 0
+        taken = Size()
         for queue in queues:
             queue.offered = False
             pieces = queue.take()
-            taken += sum([len(piece.ballots) for piece in pieces])
+            taken = taken.plus(queue.size_of(pieces))
             queue.committing += 1
             batches.append((queue, Batch(queue.poll, self._begin(pieces))))
         for queue in queues:
             self._offer(queue)
-        _waiting.set(self._ballots)
-        returned = 0
+        self._show_size()
         try:
             await self._record([batch for _, batch in batches if batch.pieces])
-            returned = sum([self._take_back(queue, batch, len(batches)) for queue, batch in batches])
+            for queue, batch in batches:
+                taken = taken.minus(self._take_back(queue, batch, len(batches)))
         finally:
             for queue in queues:
                 queue.committing -= 1
                 self._offer(queue)
                 self._forget_if_idle(queue)
-            self._ballots -= taken - returned
+            self._size = self._size.minus(taken)
+            self._show_size()
             self._fewer.set()
             _commit_seconds.observe(loop.time() - started)
+
+    def _show_size(self) -> None:
+        _waiting.set(self._size.ballots)
+        _waiting_bytes.set(self._size.bytes)
 
     def _begin(self, pieces: list[Piece]) -> list[Piece]:
         """Those of submissions that somebody still waits for."""
@@ -262,13 +268,13 @@ class BallotBox:
                 if not batch.settled:
                     batch.fail(error)
 
-    def _take_back(self, queue: BallotQueue, batch: Batch, shared: int) -> int:
+    def _take_back(self, queue: BallotQueue, batch: Batch, shared: int) -> Size:
         """Puts the ballots of a batch that found a lock back into their queue; returns how many these are."""
         pieces = list(batch.pieces)
         if batch.lock is None:
             if not queue.has_returned:
                 queue.wary = False
-            return 0
+            return Size()
         if batch.lock is Lock.POLL:
             queue.give_back(pieces)
             self._hold(queue)
@@ -284,7 +290,7 @@ class BallotBox:
             queue.wary = queue.pausing = True
             queue.give_back(pieces, last=True)
             asyncio.get_running_loop().call_later(_PAUSE_SECONDS, self._end_pause, queue)
-        return len(batch.ballots)
+        return queue.size_of(pieces)
 
     def _end_pause(self, queue: BallotQueue) -> None:
         queue.pausing = False
@@ -333,25 +339,34 @@ class BallotBox:
         """Watches how long submissions wait, also while all committers are held up."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            self._give_up(asyncio.get_running_loop().time())
+            old = asyncio.get_running_loop().time() - WAIT_SECONDS
+            while self._give_up_some(old):
+                # Their callers are told before the next ones: docs/adr/0019.
+                await asyncio.sleep(0)
+            self._give_up_locked(old)
 
-    def _give_up(self, now: float) -> None:
-        """Fails the submissions that have waited for too long. That is a reason only before the first commit of one:
-        after it, a repeat would be mostly repeated votes. But what a lock holds up has no other end."""
-        old = now - WAIT_SECONDS
-        for submission in list(takewhile(lambda submission: submission.since < old, self._unbegun)):
+    def _give_up_some(self, old: float) -> bool:
+        """Fails some of the submissions that have waited for too long; returns whether there may be more. To wait is a
+        reason only before the first commit of one: after it, a repeat would be mostly repeated votes."""
+        waited = takewhile(lambda submission: submission.since < old, self._unbegun)
+        given_up = list(islice(waited, TOLD_AT_ONCE))
+        for submission in given_up:
             del self._unbegun[submission]
             queue = submission.queue
             if queue and (queue.held or queue.wary):
                 submission.fail(locked())
             else:
                 submission.fail(TimeoutError("no commit began in time"))
+        return len(given_up) == TOLD_AT_ONCE
+
+    def _give_up_locked(self, old: float) -> None:
+        """Fails what commits gave back and has waited for too long: what a lock holds up has no other end."""
         for queue in [queue for queue in self._queues.values() if queue.held or queue.wary]:
             queue.fail_returned(old, locked())
             dropped = queue.drop_done()
             for piece in dropped:
                 self._unbegun.pop(piece.submission, None)
-            self._ballots -= sum([len(piece.ballots) for piece in dropped])
+            self._size = self._size.minus(queue.size_of(dropped))
             if dropped:
                 self._fewer.set()
             if queue.held and not queue.ballots:

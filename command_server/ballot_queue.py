@@ -5,13 +5,13 @@ their voters' keys, and the commits sweep over the ranges: each writes neighbour
 oldest ballots, of voters anywhere, would touch nearly every page of a large poll for a row or two. A ballot then waits
 for one sweep: for what came before it, and for what comes meanwhile into ranges that are served before its own.
 
-Where votes may be changed, they wait by voter instead, and a commit takes one of each: so the log keeps every change,
-and a voter with thousands of them holds up nobody, for other voters and other polls have their turn after each commit.
+Where votes may be changed, they wait by voter instead, and a commit takes one of each: so the log keeps every change.
+Each change of one voter takes a commit, so a voter has few that wait; what is more is refused.
 """
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain, islice
 from math import inf
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from uuid import UUID
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from command_server.ballots import by_range, range_of, size, voter
-from command_server.poll import most_choices
+from command_server.poll import most_choices, too_many_of_voter
 from command_server.polls import Poll
 from contracts.log_epoch import ZERO
 from contracts.refusals import Refusal
@@ -30,6 +30,11 @@ BATCH_BALLOTS = 40_000
 BATCH_BYTES = 1 << 21
 # Up to so many ballots go in one round trip instead of four, by a function of the database.
 SMALL_BATCH = 200
+# The most ballots of one voter that wait where votes may be changed.
+VOTER_BALLOTS = 100
+# What a waiting ballot takes in memory beside its own bytes, and what its place among its voter's takes.
+BALLOT_OVERHEAD = 80
+_LINE_BYTES = 240
 # Ranges of keys: the more there are, the better they fill a commit. And what stands for all of them.
 _RANGES = 32
 _ALL = -1
@@ -71,6 +76,19 @@ class Verdicts(NamedTuple):
         verdict = self.others.get(index, self.recorded)
         assert verdict is not None, "a ballot without a verdict"
         return verdict
+
+
+class Size(NamedTuple):
+    """How many ballots, and the bytes that they take in memory while they wait."""
+
+    ballots: int = 0
+    bytes: int = 0
+
+    def plus(self, other: "Size") -> "Size":
+        return Size(self.ballots + other.ballots, self.bytes + other.bytes)
+
+    def minus(self, other: "Size") -> "Size":
+        return Size(self.ballots - other.ballots, self.bytes - other.bytes)
 
 
 class Submission:
@@ -119,6 +137,13 @@ class Submission:
         self._unsettled -= len(piece.ballots)
         if not self._unsettled:
             self.verdicts.set_result(Verdicts(self._recorded, self._others))
+
+    def refuse(self, places: list[int], refusal: Refusal) -> None:
+        """Says that some ballots, by index, do not wait; where these are all, that settles the whole."""
+        self._others.update(dict.fromkeys(places, refusal))
+        self._unsettled -= len(places)
+        if not self._unsettled:
+            self.verdicts.set_result(Verdicts(None, self._others))
 
     def fail(self, error: BaseException) -> None:
         """Ends it, if nothing else has; what becomes of its other pieces is not told any more."""
@@ -173,7 +198,7 @@ class BallotQueue:
 
     def __init__(self, poll: Poll) -> None:
         self.poll = poll
-        self.ballots = 0
+        self.size = Size()
         # Single votes that wait for their verdicts.
         self.calls = 0
         # How many commits of this poll are under way, and whether it waits for a committer.
@@ -186,7 +211,11 @@ class BallotQueue:
         # Whether the pause after a commit of a single ballot that found a lock is still to end.
         self.pausing = False
         # The most ballots of one commit, whatever they choose.
-        self._most = min(BATCH_BALLOTS, BATCH_BYTES // size(most_choices(poll.spec)))
+        largest = size(most_choices(poll.spec))
+        self._most = min(BATCH_BALLOTS, BATCH_BYTES // largest)
+        # What a ballot takes in memory, where all have one choice; else this comes on top of each one's bytes.
+        self._one_choice = largest == size(1)
+        self._overhead = BALLOT_OVERHEAD + (_LINE_BYTES if poll.spec.allow_vote_change else 0)
         self._latest: deque[Submission] = deque()
         # By range; none before more wait than a commit may hold.
         self._ranges: list[deque[Piece]] = []
@@ -198,6 +227,11 @@ class BallotQueue:
         self._range = 0
         # Where votes may be changed: the submission and the place in it of each ballot of a voter, oldest first.
         self._lines: defaultdict[bytes, list[tuple[Submission, int]]] = defaultdict(list)
+
+    @property
+    def ballots(self) -> int:
+        """How many ballots wait."""
+        return self.size.ballots
 
     @property
     def due(self) -> bool:
@@ -215,15 +249,48 @@ class BallotQueue:
         """Whether nothing would be lost with it."""
         return not (self.ballots or self.committing or self.held or self.pausing)
 
-    def put(self, submission: Submission) -> None:
+    def put(self, submission: Submission) -> Size:
+        """Lets ballots wait. Of a voter who has many changes that wait already, further ones are refused."""
         submission.queue = self
-        self._latest.append(submission)
-        self.ballots += len(submission.ballots)
+        if self.poll.spec.allow_vote_change:
+            added = self._size_of(self._line_up(submission))
+        else:
+            self._latest.append(submission)
+            added = self._size_of(submission.ballots)
+        self.size = self.size.plus(added)
+        return added
+
+    def _line_up(self, submission: Submission) -> list[bytes]:
+        """Puts ballots behind those of their voters; returns those that wait."""
+        refused = []
+        for place, ballot in enumerate(submission.ballots):
+            line = self._lines[voter(ballot)]
+            if len(line) < VOTER_BALLOTS:
+                line.append((submission, place))
+            else:
+                refused.append(place)
+        if not refused:
+            return submission.ballots
+        submission.refuse(refused, too_many_of_voter())
+        left_out = set(refused)
+        return [ballot for place, ballot in enumerate(submission.ballots) if place not in left_out]
+
+    def size_of(self, pieces: Iterable[Piece]) -> Size:
+        """What pieces of this poll's ballots take."""
+        size = Size()
+        for piece in pieces:
+            size = size.plus(self._size_of(piece.ballots))
+        return size
+
+    def _size_of(self, ballots: list[bytes]) -> Size:
+        count = len(ballots)
+        own = count * size(1) if self._one_choice else sum(map(len, ballots))
+        return Size(count, own + count * self._overhead)
 
     def give_back(self, pieces: list[Piece], *, last: bool = False) -> None:
         """Takes back what a commit did not record: the next commit gets these pieces, or a later one."""
         self._returned.insert(len(self._returned) if last else 0, pieces)
-        self.ballots += sum([len(piece.ballots) for piece in pieces])
+        self.size = self.size.plus(self.size_of(pieces))
 
     @property
     def has_returned(self) -> bool:
@@ -249,7 +316,7 @@ class BallotQueue:
                     self._ranges[range_of(piece.ballots[0], _RANGES)].append(piece)
             self._latest.clear()
             taken = self._sweep()
-        self.ballots -= sum([len(piece.ballots) for piece in taken])
+        self.size = self.size.minus(self.size_of(taken))
         return taken
 
     @property
@@ -284,7 +351,7 @@ class BallotQueue:
                 line[:] = [(submission, place) for submission, place in line if not submission.verdicts.done()]
                 if not line:
                     del self._lines[key]
-        self.ballots -= sum([len(piece.ballots) for piece in dropped])
+        self.size = self.size.minus(self.size_of(dropped))
         return dropped
 
     def _sweep(self) -> list[Piece]:
@@ -309,17 +376,17 @@ class BallotQueue:
 
     def _one_of_each_voter(self) -> list[Piece]:
         """The oldest ballot of each voter, as many as fit a commit; voters who have more go to the end of the line."""
-        while self._latest and len(self._lines) < self._most:
-            new = self._latest.popleft()
-            for place, ballot in enumerate(new.ballots):
-                self._lines[voter(ballot)].append((new, place))
         parts: defaultdict[Submission, list[int]] = defaultdict(list)
         # A voter's votes keep their order.
         earlier = {voter(ballot) for pieces in self._returned for piece in pieces for ballot in piece.ballots}
         for key in list(islice((key for key in self._lines if key not in earlier), self._most)):
             line = self._lines.pop(key)
-            submission, place = line.pop(0)
-            parts[submission].append(place)
+            while line:
+                submission, place = line.pop(0)
+                parts[submission].append(place)
+                if not submission.verdicts.done():
+                    # Those before it, whose callers have gone, take no commit of their own.
+                    break
             if line:
                 self._lines[key] = line
         return [Piece(part, places, [part.ballots[place] for place in places]) for part, places in parts.items()]

@@ -209,6 +209,14 @@ def locked() -> Refusal:
     )
 
 
+def too_many_of_voter() -> Refusal:
+    """The answer to one more change of a voter of whom many wait."""
+    return Refusal(
+        ErrorReason.ERROR_REASON_OVERLOADED,
+        "too many votes of this voter wait to be recorded; this one was not recorded, try again",
+    )
+
+
 def vote_conflict() -> Refusal:
     """The answer to a vote that would replace one which was recorded while it was under way."""
     return Refusal(

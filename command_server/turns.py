@@ -99,7 +99,7 @@ class Turns:
     async def _turn(self, name: Name, until: float) -> AsyncIterator[_Line]:
         line = self._lines.setdefault(name, _Line())
         if line.waiting >= WAITING:
-            raise Refusal(ErrorReason.ERROR_REASON_OVERLOADED, "too many commands wait for this poll; try again")
+            raise Refusal(ErrorReason.ERROR_REASON_OVERLOADED, f"too many commands wait for this {name[0]}; try again")
         line.waiting += 1
         try:
             try:

@@ -648,7 +648,7 @@ async def test_a_vote_for_a_draft_does_not_hold_up_those_after_its_opening(
 async def test_a_full_queue_refuses_a_vote_and_holds_a_stream(
     server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ballot_box, "CAPACITY", 10)
+    monkeypatch.setattr(ballot_box, "CAPACITY_BYTES", 1_000)
     poll_id = await open_poll(server)
     connection = await asyncpg.connect(write_dsn)
     async with connection.transaction():

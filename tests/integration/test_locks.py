@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -14,11 +14,11 @@ import pytest
 from tally.command.v1 import command_service_pb2 as pb
 from tally.poll.v1.poll_pb2 import ELIGIBILITY_ROLL
 
-from command_server import ballot_box, caretaker, poll_log, roll
+from command_server import ballot_box, ballot_queue, caretaker, poll_log, roll, turns
 from command_server.ballots import ballot_key
 from command_server.vote_log import Batch, VoteLog
 from contracts.voters import VoterKeys
-from tests.integration.test_every_kind_of_poll import after, close, draft, open_poll, read, until, vote
+from tests.integration.test_every_kind_of_poll import after, close, draft, open_poll, read, spec, until, vote
 from tests.processes import eventually
 from tests.servers import VOTER_SECRET, command_server, refused, sql
 
@@ -92,6 +92,10 @@ async def test_a_vote_in_a_poll_that_stays_locked_is_told_so(
     assert not (await server.CastVote(vote(poll_id, "voter-1", "b"))).already_recorded, "nothing was recorded before"
 
 
+async def are_done(calls: Sequence[asyncio.Future[Any]], number: int) -> None:
+    assert sum(call.done() for call in calls) == number
+
+
 @pytest.mark.parametrize("change", [False, True])
 async def test_a_vote_that_is_locked_holds_up_no_other_voter(
     server: CommandServiceAsyncStub, write_dsn: str, change: bool
@@ -116,6 +120,44 @@ async def test_a_vote_that_is_locked_holds_up_no_other_voter(
     connection.terminate()
     assert not any(answer.already_recorded for answer in await asyncio.gather(*stuck))
     assert (await read(write_dsn, poll_id)).voters == 53
+
+
+async def test_a_voter_has_few_votes_that_wait(
+    server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ballot_queue, "VOTER_BALLOTS", 5)
+    poll_id = await open_poll(server, allow_vote_change=True)
+    await server.CastVote(vote(poll_id, "first", "a"))
+    async with locked(write_dsn, poll_id):
+        held = asyncio.ensure_future(server.CastVote(vote(poll_id, "first", "b")))
+        await eventually(lambda: all_held([poll_id]))
+        calls = [asyncio.ensure_future(server.CastVote(vote(poll_id, "hasty", "ab"[n % 2]))) for n in range(20)]
+        await eventually(lambda: are_done(calls, 15))
+        for call in [call for call in calls if call.done()]:
+            calls.remove(call)
+            refusal = await refused(call)
+            assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+            assert refusal.retry_after
+        others = [asyncio.ensure_future(server.CastVote(vote(poll_id, f"voter-{n}", "a"))) for n in range(20)]
+    await asyncio.gather(held, *calls, *others)
+    assert (await read(write_dsn, poll_id)).voters == 22
+
+
+async def test_a_request_has_few_calls_that_wait(
+    server: CommandServiceAsyncStub, write_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "WAITING", 3)
+    request = pb.CreatePollRequest(request_id=str(uuid4()), poll=spec())
+    async with locked(write_dsn) as connection:
+        number = ~(int.from_bytes(UUID(request.request_id).bytes[:8]) >> 1)
+        await connection.execute("SELECT pg_advisory_xact_lock($1)", number)
+        calls = [asyncio.ensure_future(server.CreatePoll(request)) for _ in range(10)]
+        await eventually(lambda: are_done(calls, 7))
+        for call in [call for call in calls if call.done()]:
+            calls.remove(call)
+            assert (await refused(call)).reason == "OVERLOADED"
+        await server.CreatePoll(pb.CreatePollRequest(request_id=str(uuid4()), poll=spec()), timeout=5)
+    assert len({answer.poll_id for answer in await asyncio.gather(*calls)}) == 1
 
 
 async def test_commands_that_wait_for_one_poll_or_request_leave_the_others_alone(

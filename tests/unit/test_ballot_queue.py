@@ -3,6 +3,7 @@
 import asyncio
 import os
 from itertools import pairwise
+from sys import getsizeof
 from uuid import UUID
 
 import pytest
@@ -10,9 +11,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from tally.poll.v1.poll_pb2 import VOTING_METHOD_APPROVAL, PollOption, PollSpec
 
 from command_server import ballot_queue, ballots
-from command_server.ballot_queue import BallotQueue, Piece, Recorded, Submission, Verdicts
+from command_server.ballot_queue import BallotQueue, Piece, Recorded, Size, Submission, Verdicts
 from command_server.poll import OPEN, already_voted
 from command_server.polls import Poll
+from contracts.refusals import reason_name
 
 
 def new_queue(choices: int = 1, *, allow_vote_change: bool = False) -> BallotQueue:
@@ -109,6 +111,51 @@ async def test_where_votes_may_change_a_commit_takes_one_of_each_voter() -> None
         [late[1]],
     ]
     assert queue.ballots == 0
+
+
+async def test_few_changes_of_a_voter_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ballot_queue, "VOTER_BALLOTS", 3)
+    queue = new_queue(allow_vote_change=True)
+    ada, bob = (key * 16 + ballots.marking([0]) for key in (b"a", b"b"))
+    first, second, third = submission(ada, ada, bob, ada, ada), submission(ada, ada), submission(ada, bob)
+    added = [queue.put(each).ballots for each in (first, second, third)]
+    assert added == [4, 0, 1]
+    verdicts = second.verdicts.result()
+    assert verdicts.recorded is None
+    assert [reason_name(verdicts.of(n).reason) for n in range(2)] == ["OVERLOADED"] * 2  # type: ignore[union-attr]
+    for version, waiting in enumerate((3, 1, 0), 2):
+        for piece in queue.take():
+            piece.submission.settle(piece, Verdicts(recorded(version), {}))
+        assert queue.ballots == waiting
+    assert set(first.verdicts.result().others) == {4}
+    assert set(third.verdicts.result().others) == {0}
+    assert queue.size == Size()
+
+
+async def test_changes_whose_callers_have_gone_take_no_commits() -> None:
+    queue = new_queue(allow_vote_change=True)
+    ada = b"a" * 16 + ballots.marking([0])
+    gone, waiting = submission(*[ada] * 50), submission(ada)
+    queue.put(gone)
+    queue.put(waiting)
+    gone.verdicts.cancel()
+    pieces = queue.take()
+    assert [piece.submission for piece in pieces if not piece.is_done] == [waiting]
+    assert queue.size == Size()
+
+
+@pytest.mark.parametrize("choices", [1, 10, 1000])
+async def test_what_waits_is_counted_in_bytes(choices: int) -> None:
+    queue = new_queue(choices)
+    cast = [os.urandom(16) + ballots.marking(range(choices)) for _ in range(200)]
+    queue.put(submission(*cast))
+    memory = sum(map(getsizeof, cast)) + 8 * len(cast)
+    assert memory <= queue.size.bytes <= 2 * memory
+    pieces = queue.take()
+    queue.give_back(pieces[:1])
+    assert queue.size == queue.size_of(pieces[:1])
+    queue.take()
+    assert queue.size == Size()
 
 
 async def test_each_vote_of_a_voter_gets_its_own_verdict() -> None:

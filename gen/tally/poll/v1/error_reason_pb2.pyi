@@ -51,9 +51,9 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     vote, or a retry without the idempotency_key of the first attempt. It does not tell what was chosen.
     """
     ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 9
-    """ERROR_REASON_OVERLOADED: the server's queue of votes is full, or it sends as many large answers as it can hold, or a
-    watcher takes no messages; nothing was recorded; RESOURCE_EXHAUSTED, with a
-    `google.rpc.RetryInfo`.
+    """ERROR_REASON_OVERLOADED: the server's queue of votes is full, or 100 changes of this voter's vote wait in it, or it
+    sends as many large answers as it can hold, or a watcher takes no messages; nothing was recorded; RESOURCE_EXHAUSTED,
+    with a `google.rpc.RetryInfo`. In CastVotes it may be the reason why one vote of a batch is rejected.
     """
     ERROR_REASON_STORE_UNAVAILABLE: _ErrorReason.ValueType  # 10
     """ERROR_REASON_STORE_UNAVAILABLE: a database did not answer in time; UNAVAILABLE, with a `google.rpc.RetryInfo`.
@@ -123,9 +123,9 @@ ERROR_REASON_ALREADY_VOTED: ErrorReason.ValueType  # 8
 vote, or a retry without the idempotency_key of the first attempt. It does not tell what was chosen.
 """
 ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 9
-"""ERROR_REASON_OVERLOADED: the server's queue of votes is full, or it sends as many large answers as it can hold, or a
-watcher takes no messages; nothing was recorded; RESOURCE_EXHAUSTED, with a
-`google.rpc.RetryInfo`.
+"""ERROR_REASON_OVERLOADED: the server's queue of votes is full, or 100 changes of this voter's vote wait in it, or it
+sends as many large answers as it can hold, or a watcher takes no messages; nothing was recorded; RESOURCE_EXHAUSTED,
+with a `google.rpc.RetryInfo`. In CastVotes it may be the reason why one vote of a batch is rejected.
 """
 ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 10
 """ERROR_REASON_STORE_UNAVAILABLE: a database did not answer in time; UNAVAILABLE, with a `google.rpc.RetryInfo`.
