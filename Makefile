@@ -24,7 +24,7 @@ help: ## list the targets
 setup: $(VENV)/.ready ## create .venv with the locked dependencies
 
 # Without its mark .ready, a .venv was left half-made by an interruption, whenever that was, and is not built upon.
-$(VENV)/.ready: requirements.lock tools/generator.lock pyproject.toml command_server/_ballots.c
+$(VENV)/.ready: requirements.lock tools/generator.lock pyproject.toml gen/VERSION command_server/_ballots.c
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tally needs Python 3.11 or newer; set PYTHON=python3.x")'
 	test -f $@ || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
 	rm -f $@

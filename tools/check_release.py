@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import tomllib
 import zipfile
 from pathlib import Path
 
@@ -18,7 +17,16 @@ from tools.check_wheel import ROOT, build, check, copied
 
 DIST = ROOT / "dist"
 # What a packager or an auditor needs of an sdist beside the program.
-_NEEDED = ("LICENSE", "README.md", "CHANGELOG.md", "SECURITY.md", "pyproject.toml", "requirements.lock", "Makefile")
+_NEEDED = (
+    "LICENSE",
+    "README.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "pyproject.toml",
+    "requirements.lock",
+    "Makefile",
+    "gen/VERSION",
+)
 _FOLDERS = ("protos/tally", "gen/tally", "tests/unit", "docs/adr", "migrations/write", "examples")
 
 
@@ -52,7 +60,7 @@ def check_contents(wheel: Path, version: str) -> None:
 
 
 def main() -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    version = (ROOT / "gen/VERSION").read_text().strip()
     with tempfile.TemporaryDirectory(prefix="tally-release-") as folder:
         here = Path(folder)
         sdist = build_sdist(here)

@@ -40,7 +40,7 @@ fi
 generate "$fresh"
 
 if [ "$1" = --verify ]; then
-    if ! diff -r --exclude=__pycache__ --exclude='*.egg-info' --exclude=pyproject.toml --exclude=build "$fresh" gen; then
+    if ! diff -r --exclude=__pycache__ --exclude='*.egg-info' --exclude=pyproject.toml --exclude=VERSION --exclude=build "$fresh" gen; then
         echo "gen/ is not what protos/ gives: run 'make generate' and commit the result" >&2
         exit 1
     fi

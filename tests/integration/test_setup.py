@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-_FILES = ("Makefile", "pyproject.toml", "requirements.lock", "README.md")
+_FILES = ("Makefile", "pyproject.toml", "requirements.lock", "README.md", "LICENSE")
 _FOLDERS = ("gen", "protos", "tools", "migrations")
 _PACKAGES = ("clients", "command_server", "contracts", "projector", "query_server", "relay", "runtime")
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("TALLY_", "MAKE"))}
