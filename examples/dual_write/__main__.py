@@ -164,12 +164,11 @@ async def serve(way: str, where: dict[str, str], requests: Sequence[Prescription
             service.stdin.write(json.dumps(request._asdict()).encode() + b"\n")
             if answer := await service.stdout.readline():
                 acknowledged.append(int(answer))
+        service.stdin.close()
         if kill:
             await was_killed(service)
-        else:
-            service.stdin.close()
-            if await service.wait():
-                raise UnexpectedEndError(f"the service ended with {service.returncode}")
+        elif await service.wait():
+            raise UnexpectedEndError(f"the service ended with {service.returncode}")
     return acknowledged
 
 
