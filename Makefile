@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 SHELL := /bin/bash
 PROTOS := $(shell cd protos && find tally -name '*.proto' | sort)
+# Each process has stores of its own, and runs whole files, in which tests share what they started.
+PARALLEL := --numprocesses $(or $(PROCESSES),2) --dist loadfile --no-loadscope-reorder
 SERVICES := $(shell cd protos && find tally -name '*_service.proto' | sort)
 
 # A .venv whose Python or packages are gone, as after an upgrade of Python, is made anew.
@@ -42,8 +44,11 @@ demo: setup ## count a real election of 80,101 ballots, end to end
 demo-dual-write: setup ## kill a service between its write and its publish, without and with an outbox
 	python -m examples.dual_write
 
-test: setup ## unit, integration and contract tests against real servers
-	pytest
+test: setup ## unit, integration and contract tests against real servers, by PROCESSES (2)
+	pytest $(PARALLEL)
+
+test-unit: setup ## the tests that need no server
+	pytest $(PARALLEL) tests/unit
 
 quickstarts: setup ## run the quick starts in examples/ against a running Tally; needs node and npm
 	python -m pytest examples

@@ -26,6 +26,16 @@ _state = tempfile.TemporaryDirectory(prefix="tally-state-")
 os.environ["XDG_STATE_HOME"] = _state.name
 
 
+# The files that take longest, in order. Where several processes share the work they go first, or all would wait for the
+# last of them.
+_LONGEST = ("test_cli", "test_setup", "test_files", "test_up", "test_query_server")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(scope="session")
 async def stores() -> AsyncIterator[embedded.Stores]:
     """The real servers. Their databases tally_write and tally_read are the migrated templates: connect to neither."""

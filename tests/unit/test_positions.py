@@ -20,7 +20,7 @@ def test_epochs_are_ordered_by_time_and_zero_comes_first() -> None:
     assert log_epoch.ZERO.bytes < EARLIER.bytes < LATER.bytes
 
 
-@pytest.mark.parametrize("text", ["0", "nonsense", str(UUID(int=1)), "a" * 32, str(uuid4())])
+@pytest.mark.parametrize("text", ["0", "nonsense", str(UUID(int=1)), "a" * 32, "11ae6dbf-be00-439a-b3b6-096cc60eaf89"])
 def test_what_is_no_epoch_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         log_epoch.parse(text)

@@ -95,7 +95,7 @@ def test_what_is_too_much_is_not_split(voters: int, unknown: int, field: str) ->
     assert [*refusal.value.fields] == [field]
 
 
-def test_broken_bytes_are_left_to_protobuf() -> None:
+async def test_broken_bytes_are_left_to_protobuf() -> None:
     chance = random.Random(11)
     whole = command.CastVotesRequest(batch_sequence=1, poll_id="p" * 36, votes=VOTES * 30).SerializeToString()
     same = 0
@@ -104,7 +104,7 @@ def test_broken_bytes_are_left_to_protobuf() -> None:
         for _ in range(chance.randrange(3)):
             data[chance.randrange(len(data))] = chance.randrange(256)
         excess(bytes(data), command.CastVotesRequest.DESCRIPTOR)
-        rest, entries = asyncio.run(split(bytes(data), command.CastVotesRequest.DESCRIPTOR, "votes", Pauses()))
+        rest, entries = await split(bytes(data), command.CastVotesRequest.DESCRIPTOR, "votes", Pauses())
         try:
             read = command.CastVotesRequest.FromString(bytes(data))
         except DecodeError:
