@@ -159,7 +159,7 @@ async def patiently(attempt: Callable[[], Awaitable[T]], seconds: float) -> T:
 
 async def check_durability(connection: asyncpg.Connection) -> None:
     """Warns loudly where the server would acknowledge a commit that a power cut can undo."""
-    for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+    for setting in ("fsync", "full_page_writes"):
         value = await connection.fetchval("SELECT current_setting($1)", setting)
         if value == "off":
             log.error("the database is not durable: acknowledged changes can be lost", setting=setting, value=value)

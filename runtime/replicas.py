@@ -11,7 +11,7 @@ connection that has learned that its server is not the primary is never used aga
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import urlsplit, urlunsplit
@@ -29,10 +29,29 @@ _SERVER_SECONDS = 1.0
 # How often readers are spread again; seconds.
 _SPREAD_SECONDS = 30.0
 
+# What every statement here relies on. A role or a database may have another default, which must not reach it.
+_SESSION = {
+    # Statements wait for a row's lock and then see what its holder committed; a snapshot of before would fail instead.
+    "default_transaction_isolation": "read committed",
+    "search_path": "public",
+    # Each connection limits its statements by command_timeout, or here. A lower limit, meant for other programs, would
+    # end for ever what needs longer: to fill a read model, a migration; or cut what waits for the next vote.
+    "statement_timeout": "0",
+    "transaction_timeout": "0",
+    "idle_session_timeout": "0",
+}
+
 _POOLED = (
     "a connection pooler such as PgBouncer answers, and drops the settings of sessions: locks, notifications and time"
     " limits would be lost; connect to Postgres itself, not through transaction or session pooling"
 )
+
+# Which process runs the statements; and a commit waits for the disk where it would not. What else it waits for, such as
+# standbys, stays as the operator set it.
+_BEGIN_SESSION = """
+SELECT pg_backend_pid(), CASE WHEN $1 AND current_setting('synchronous_commit') = 'off'
+    THEN set_config('synchronous_commit', 'on', false) END
+"""
 
 _NO_PRIMARY = "no server takes changes: each is a standby, or read-only by default"
 
@@ -97,7 +116,8 @@ async def connect_primary(dsn: str, *, timeout: float, **options: Any) -> asyncp
     """A PrimaryConnection to the server that takes changes. Raises what postgres.UNAVAILABLE lists, also where there is
     none.
 
-    `timeout`, in seconds, is for a server that is the only one; `options` are those of asyncpg.connect.
+    `timeout`, in seconds, is for a server that is the only one; `options` are those of asyncpg.connect. Its commits are
+    durable, whatever the role or the database has for synchronous_commit, unless server_settings says otherwise.
     """
     options = {"connection_class": PrimaryConnection, **options}
     return await _connect(dsn, timeout, options, takes_changes, or_other=False)
@@ -161,11 +181,12 @@ async def _connect(
             connection.terminate()
 
 
-async def _open(server: str, seconds: float, options: dict[str, Any]) -> asyncpg.Connection:
+async def _open(server: str, seconds: float, options: Mapping[str, Any]) -> asyncpg.Connection:
     """A connection to one server. Raises UnsupportedStore where it is too old, Pooled where a pooler answers in its
     place and drops a session's settings."""
+    settings = _SESSION | options.get("server_settings", {})
     try:
-        connection = await asyncpg.connect(server, timeout=seconds, **options)
+        connection = await asyncpg.connect(server, timeout=seconds, **{**options, "server_settings": settings})
     except asyncpg.ProtocolViolationError as error:
         if "startup parameter" in str(error):
             raise Pooled from None
@@ -176,8 +197,9 @@ async def _open(server: str, seconds: float, options: dict[str, Any]) -> asyncpg
             raise UnsupportedStore(f"this is Postgres {running}, and Tally needs version {VERSION} or newer")
         # A pooler names another process than the one that runs the statements.
         async with asyncio.timeout(seconds):
-            if await connection.fetchval("SELECT pg_backend_pid()") != connection.get_server_pid():
-                await _require_settings(connection, options.get("server_settings", {}))
+            durable = "synchronous_commit" not in settings
+            if await connection.fetchval(_BEGIN_SESSION, durable) != connection.get_server_pid():
+                await _require_settings(connection, settings)
     except BaseException:
         connection.terminate()
         raise

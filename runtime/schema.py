@@ -21,7 +21,12 @@ from runtime.stores import UnsupportedStore
 MIGRATION_LOCK = 0x74616C6C79
 _MIGRATION_LOCK_SECONDS = 60.0
 # The server ends the session of a migration whose client is gone after a minute, and with it the lock.
-_KEEPALIVE = {"tcp_keepalives_idle": "30", "tcp_keepalives_interval": "10", "tcp_keepalives_count": "3"}
+_SESSION = {
+    "lock_timeout": "0",
+    "tcp_keepalives_idle": "30",
+    "tcp_keepalives_interval": "10",
+    "tcp_keepalives_count": "3",
+}
 
 _COMPATIBLE = re.compile(r"^-- compatible: ", re.MULTILINE)
 
@@ -41,7 +46,7 @@ async def migrate(dsn: str, folder: Traversable, schema: str = "public") -> list
     somebody else holds the lock for more than a minute; a migration may take any time. Raises UnsupportedStore, and
     changes nothing, where a file is not the one that was applied.
     """
-    connection = await connect_primary(dsn, timeout=10, server_settings=_KEEPALIVE | {"search_path": schema})
+    connection = await connect_primary(dsn, timeout=10, server_settings=_SESSION | {"search_path": schema})
     try:
         try:
             await connection.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK, timeout=_MIGRATION_LOCK_SECONDS)

@@ -20,7 +20,10 @@ from runtime.replicas import Pooled, connect_primary, connect_reader
 from tests.processes import eventually
 from tests.servers import command_server, refused, sql
 
-IGNORED = "extra_float_digits,search_path,statement_timeout,idle_in_transaction_session_timeout,lock_timeout,jit"
+IGNORED = (
+    "extra_float_digits,search_path,statement_timeout,idle_in_transaction_session_timeout,lock_timeout,jit,"
+    "default_transaction_isolation"
+)
 
 
 @asynccontextmanager
