@@ -105,9 +105,10 @@ def live_key(generation: str, poll_id: UUID | str) -> str:
     return f"tally:live:{generation}:{poll_id}"
 
 
-def live_channel(poll_id: UUID | str) -> str:
-    """The channel of a poll's live counters."""
-    return f"tally:live:{poll_id}"
+def live_channel(poll_id: UUID | str, database: int = 0) -> str:
+    """The channel of a poll's live counters. `database`: the number in the address of Redis. Keys belong to a database,
+    channels do not: two copies of one installation, in two databases of one Redis, must not hear each other."""
+    return f"tally:{database}:live:{poll_id}" if database else f"tally:live:{poll_id}"
 
 
 # No protobuf message begins with a zero byte. Of a log without epochs there is the version only.

@@ -62,14 +62,20 @@ class Live:
         self._redis = redis
         self._named_by = named_by
         self._store = redis.register_script(_SCRIPT)
+        self._database: int = redis.connection_pool.connection_kwargs.get("db", 0)
 
     @classmethod
     @asynccontextmanager
     async def connect(cls, redis_url: str) -> AsyncIterator[Self]:
-        """Opens the read model for one session. Raises UnsupportedStore where Redis is too old."""
+        """Opens the read model for one session. Raises UnsupportedStore where Redis is too old, and
+        NoPermissionError where it may not publish: a user of Redis 7 may not unless that is said, and the script, which
+        Redis does not undo, would fail half-way."""
         async with client(redis_url) as redis:
             await check(redis)
-            yield cls(redis, await generation_in_use(redis))
+            live = cls(redis, await generation_in_use(redis))
+            async with asyncio.timeout(SECONDS):
+                await redis.publish(live_channel(UUID(int=0), live._database), b"")
+            yield live
 
     async def position(self) -> Position | None:
         key = position_key(self.generation)
@@ -154,13 +160,19 @@ class Live:
         polls = [live_key(copy, change.poll_id) for change in changes]
         keys = [self._named_by, frozen_key(copy), position_key(copy), dead_letters_key(copy), filling_key(copy), *polls]
         # What is not in use yet is nobody's news.
-        channels = live_channel("*") if self._named_by == GENERATION_KEY else ""
+        channels = live_channel("*", self._database) if self._named_by == GENERATION_KEY else ""
         arguments: list[str | bytes | int] = [copy, _text(old), _text(new), channels]
         for change in changes:
             results, counted = _results(change.poll_id, change.tally, new.log_epoch), b""
             if change.tally.hidden:
                 results, counted = hidden_results(change.tally.version, new.log_epoch), results
-            arguments += [change.before, change.tally.version, results, counted, live_channel(change.poll_id)]
+            arguments += [
+                change.before,
+                change.tally.version,
+                results,
+                counted,
+                live_channel(change.poll_id, self._database),
+            ]
         for poll_id, letter in letters.items():
             arguments += [poll_id, dead_letters.dump(letter) if letter else ""]
         async with asyncio.timeout(SECONDS):

@@ -296,6 +296,7 @@ class Watchers:
         self._views = views
         self._announcements = announcements
         self._answered = answered
+        self._database: int = redis.connection_pool.connection_kwargs.get("db", 0)
         self._topics: dict[bytes, Topic] = {}
         self._watchers: set[Watcher] = set()
         self._subscriptions = Subscriptions(redis, self._joined, self._heard, self._lost)
@@ -339,13 +340,13 @@ class Watchers:
 
     def current(self, poll_id: UUID | str) -> Found | None:
         """The results of a watched poll, as fresh as those in Redis, because Redis tells of every change; else None."""
-        topic = self._topics.get(live_channel(poll_id).encode())
+        topic = self._topics.get(self._channel(poll_id))
         return Found(topic.position, topic.results) if topic and topic.live and topic.results else None
 
     def learn(self, poll_id: UUID, found: Found) -> None:
         """Somebody was answered this: who watches the poll, or does so later, is shown nothing older."""
         self._answered.note(poll_id, found.position)
-        topic = self._topics.get(live_channel(poll_id).encode())
+        topic = self._topics.get(self._channel(poll_id))
         if topic and found.results and found.position > topic.position:
             self._offer(topic, found.results, b"")
 
@@ -362,8 +363,11 @@ class Watchers:
             for task in running:
                 task.cancel()
 
+    def _channel(self, poll_id: UUID | str) -> bytes:
+        return live_channel(poll_id, self._database).encode()
+
     def _topic(self, poll_id: UUID) -> Topic:
-        channel = live_channel(poll_id).encode()
+        channel = self._channel(poll_id)
         topic = self._topics.get(channel)
         if topic is None:
             topic = self._topics[channel] = Topic(poll_id, channel, self._changed, self._answered.position(poll_id))

@@ -67,6 +67,9 @@ def _is_redis(url: str) -> bool:
     if not _leads_somewhere(url, "redis", "rediss", "unix"):
         return False
     parts = urlsplit(url)
+    # What is stored are bytes: a driver that makes text of them cannot read it.
+    if {"decode_responses", "encoding"} & parse_qs(parts.query).keys():
+        return False
     if parts.scheme != "unix" and parts.path.strip("/") and not parts.path.strip("/").isdecimal():
         # The driver would take the database 0.
         return False

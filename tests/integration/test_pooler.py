@@ -22,7 +22,7 @@ from tests.servers import command_server, refused, sql
 
 IGNORED = (
     "extra_float_digits,search_path,statement_timeout,idle_in_transaction_session_timeout,lock_timeout,jit,"
-    "default_transaction_isolation"
+    "default_transaction_isolation,transaction_timeout,idle_session_timeout"
 )
 
 

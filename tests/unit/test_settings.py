@@ -38,6 +38,8 @@ BAD = {
         "redis://h:99999",
         "http://h",
         "redis://:s3cret/@h",
+        "redis://:s3cret@h?decode_responses=True",
+        "redis://h?encoding=s3cret",
         "redis://:s3cret@h/live",
         "redis://:s3cret@h/0?db=live",
         "redis://:s3cret@h/0?nonsense=1",
