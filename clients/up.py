@@ -27,6 +27,7 @@ from contracts.read_models import READ_MODELS
 from migrations import migrate_read, migrate_write
 from runtime import embedded
 from runtime.supervisor import Died, Process, Program, Supervisor, supervise, write_atomically
+from runtime.workers import nth_port
 
 # Together they leave a second of the ten within which everything has stopped.
 _SERVICES_STOP_SECONDS = 6.0
@@ -206,7 +207,7 @@ async def _start_services(supervisor: Supervisor, directory: Path, addresses: Ma
     secret = os.environ.get("TALLY_VOTER_SECRET") or _voter_secret(directory / "voter-secret")
     variables = {**addresses, "TALLY_VOTER_SECRET": secret}
     shared = {name: value for name, value in os.environ.items() if name not in variables}
-    metrics_host, _, metrics_port = shared.get("TALLY_METRICS_LISTEN", "").rpartition(":")
+    metrics = shared.get("TALLY_METRICS_LISTEN", "")
     # A wrong number is refused by the servers themselves, with a clear message.
     given = shared.get("TALLY_WORKERS", "")
     workers = int(given) if given.isdecimal() else 1
@@ -216,9 +217,9 @@ async def _start_services(supervisor: Supervisor, directory: Path, addresses: Ma
         ready_file = directory / "ready" / service.name
         environment = shared | {name: variables[name] for name in (*service.variables, service.listens) if name}
         environment["TALLY_READY_FILE"] = str(ready_file)
-        if metrics_port.isdecimal():
+        if metrics.rpartition(":")[2].isdecimal():
             # Each has its own, and as many as a server has workers: the one that is set, and those after it.
-            environment["TALLY_METRICS_LISTEN"] = f"{metrics_host}:{int(metrics_port) + number * workers}"
+            environment["TALLY_METRICS_LISTEN"] = nth_port(metrics, number * workers)
         programs.append(
             Program(
                 name=service.name,

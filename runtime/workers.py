@@ -38,7 +38,12 @@ def settings_from(arguments: Sequence[str], module: str, settings: type[Chosen])
     parser = argparse.ArgumentParser(prog=f"python -m {module}", usage=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, help="processes that serve on one port (default: TALLY_WORKERS, or 1)")
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
-    return settings.from_environment(**given)
+    chosen = settings.from_environment(**given)
+    if chosen.metrics_listen and int(nth_port(chosen.metrics_listen, chosen.workers - 1).rpartition(":")[2]) > 65535:
+        sys.exit(
+            f"{PREFIX}METRICS_LISTEN: each of {chosen.workers} workers takes the next port, and 65535 is the last one"
+        )
+    return chosen
 
 
 async def run(module: str, settings: ServerSettings, listen_setting: str, stop: asyncio.Event) -> None:
@@ -47,7 +52,7 @@ async def run(module: str, settings: ServerSettings, listen_setting: str, stop: 
     `listen_setting` is the name of the setting with their common host:port; port 0 becomes a free port.
     """
     host, _, port = getattr(settings, listen_setting).rpartition(":")
-    with closing(_reserve(host, int(port))) as reserved, tempfile.TemporaryDirectory(prefix="workers-") as folder:
+    with closing(_reserve(host, int(port))) as reserved, _temporary_folder() as folder:
         port = reserved.getsockname()[1]
         ready = [Path(folder) / f"{number}.ready" for number in range(settings.workers)]
         async with asyncio.TaskGroup() as tasks:
@@ -58,7 +63,7 @@ async def run(module: str, settings: ServerSettings, listen_setting: str, stop: 
                     "workers": "1",
                     "worker": "true",
                     "ready_file": str(path),
-                    "metrics_listen": _nth(settings.metrics_listen, number),
+                    "metrics_listen": nth_port(settings.metrics_listen, number),
                 }
                 keeping.append(tasks.create_task(_keep([sys.executable, "-m", module], own)))
             waiting = tasks.create_task(stop.wait())
@@ -99,12 +104,20 @@ async def _end(child: asyncio.subprocess.Process) -> None:
             await child.wait()
 
 
-def _nth(listen: str | None, number: int) -> str:
-    """The host:port of the n-th worker's metrics: each has a port of its own, from the setting's on."""
+def nth_port(listen: str | None, number: int) -> str:
+    """The host:port of the n-th process, from the host:port of the first on; 0, which is any free port, stays."""
     if not listen:
         return ""
     host, _, port = listen.rpartition(":")
-    return f"{host}:{int(port) + number}"
+    return f"{host}:{int(port) + number if int(port) else 0}"
+
+
+def _temporary_folder() -> "tempfile.TemporaryDirectory[str]":
+    """Where workers say that they are ready. Exits where there is none, as in a container that can only be read."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="workers-")
+    except OSError:
+        sys.exit("workers need a folder for temporary files, and none can be written to: set TMPDIR")
 
 
 def _reserve(host: str, port: int) -> socket.socket:
