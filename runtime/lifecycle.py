@@ -1,4 +1,4 @@
-"""The life of a process: it runs until SIGTERM or SIGINT, then finishes what it accepted."""
+"""The life of a process: it runs until SIGTERM, SIGINT or SIGHUP, then finishes what it accepted."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ log = structlog.get_logger()
 
 
 def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
-    """Runs `main` on an event loop. The event it is given is set by SIGTERM and SIGINT: time to finish and return."""
+    """Runs `main` on an event loop. The event it is given is set by SIGTERM, SIGINT and SIGHUP: time to finish and
+    return. Under nohup SIGHUP stays ignored."""
 
     async def supervised() -> None:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                loop.add_signal_handler(number, stop.set)
         await main(stop)
 
     settle_memory()

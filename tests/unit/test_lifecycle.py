@@ -1,12 +1,61 @@
-"""Pauses between attempts."""
+"""The signals that end a process, and pauses between attempts."""
 
 from __future__ import annotations
 
 import asyncio
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from runtime import lifecycle
+
+_PROCESS = """
+from runtime import lifecycle
+
+async def main(stop):
+    print("begun", flush=True)
+    await stop.wait()
+    print("finished")
+
+lifecycle.run(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_process_finishes_what_it_accepted(number: signal.Signals) -> None:
+    with _process() as process:
+        process.send_signal(number)
+        assert process.communicate(timeout=30)[0] == "finished\n"
+        assert process.returncode == 0
+
+
+def test_a_process_outlives_its_terminal_under_nohup() -> None:
+    with _process("nohup") as process:
+        # The bit of SIGHUP among the signals that it ignores.
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        [ignored] = re.findall(r"^SigIgn:\s*([0-9a-f]+)$", status, re.MULTILINE)
+        assert int(ignored, 16) & 1 << (signal.SIGHUP - 1)
+        process.terminate()
+        assert process.communicate(timeout=30)[0] == "finished\n"
+
+
+@contextmanager
+def _process(*before: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that has begun; `before`: what runs it."""
+    command = [*before, sys.executable, "-c", _PROCESS]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begun\n"
+            yield process
+        finally:
+            process.kill()
 
 
 async def test_pauses_grow_to_the_longest_and_stay_there(monkeypatch: pytest.MonkeyPatch) -> None:
