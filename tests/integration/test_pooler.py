@@ -11,14 +11,19 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import grpc
 import pytest
 from tally.command.v1.command_service_pb2 import CreatePollRequest
+from tally.command.v1.command_service_pb2_grpc import CommandServiceStub
 
 from clients import databases
 from clients.failures import Failure
+from command_server.__main__ import CommandSettings
+from command_server.__main__ import serve as serve_commands
+from runtime.embedded import free_port
 from runtime.replicas import Pooled, connect_primary, connect_reader
 from tests.processes import eventually
-from tests.servers import command_server, refused, sql
+from tests.servers import VOTER_SECRET, refused, sql
 
 IGNORED = (
     "extra_float_digits,search_path,statement_timeout,idle_in_transaction_session_timeout,lock_timeout,jit,"
@@ -100,11 +105,21 @@ async def test_a_pooler_is_noticed_when_a_connection_is_made(
 
 async def test_a_server_behind_a_pooler_takes_no_command(tmp_path: Path, write_dsn: str) -> None:
     lines = ("pool_mode=transaction", f"ignore_startup_parameters={IGNORED}")
-    async with pooler(tmp_path, write_dsn, *lines) as pooled, command_server(pooled) as server:
-        request = CreatePollRequest()
-        request.poll.title = "Lunch?"
-        request.poll.method = 1  # type: ignore[assignment]
-        for name in ("pizza", "soup"):
-            request.poll.options.add(option_id=name, label=name)
-        assert (await refused(server.CreatePoll(request, timeout=10))).reason == "STORE_UNAVAILABLE"
+    request = CreatePollRequest()
+    request.poll.title = "Lunch?"
+    request.poll.method = 1  # type: ignore[assignment]
+    for name in ("pizza", "soup"):
+        request.poll.options.add(option_id=name, label=name)
+    stop = asyncio.Event()
+    served: list[int] = []
+    async with pooler(tmp_path, write_dsn, *lines) as pooled, asyncio.TaskGroup() as tasks:
+        settings = CommandSettings(
+            command_listen=f"127.0.0.1:{free_port()}", write_dsn=pooled, voter_secret=VOTER_SECRET
+        )
+        tasks.create_task(serve_commands(settings, stop, served.append))
+        async with grpc.aio.insecure_channel(settings.command_listen) as channel:
+            call = CommandServiceStub(channel).CreatePoll(request, timeout=30, wait_for_ready=True)
+            assert (await refused(call)).reason == "STORE_UNAVAILABLE"
+        stop.set()
+    assert not served
     assert not await sql(write_dsn, "SELECT FROM polls")
