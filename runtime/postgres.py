@@ -86,7 +86,8 @@ async def connect_pool(
     """A pool of up to `size` connections that is made even while the server is away; statements take 30 s at most.
 
     Of several servers in the DSN it uses the primary, or if `read_only` the standbys where there are some. A connection
-    whose server turns out not to be the primary is closed when it comes back. A new one that `check` raises for is not
+    whose server turns out not to be the primary is closed when it comes back, and so are all others before they are
+    used again: they were made when that server was the primary. A new one that `check` raises for is not
     used. A statement that waits for a lock for `lock_seconds` fails with LockNotAvailableError; 0: it waits. Idle
     connections are closed after some minutes, unless they are `lasting`.
     """
@@ -100,7 +101,14 @@ async def connect_pool(
     }
     if read_only:
         settings["default_transaction_read_only"] = "on"
-    return await asyncpg.create_pool(
+
+    async def keep_unless_misplaced(connection: PrimaryConnection) -> None:
+        if connection.misplaced:
+            connection.terminate()
+            # Of an expired connection nothing is asked here, so each switchover expires those that it left behind.
+            await pool.expire_connections()
+
+    pool: asyncpg.Pool = await asyncpg.create_pool(
         dsn,
         min_size=0,
         max_size=size,
@@ -112,17 +120,13 @@ async def connect_pool(
         connect=connect_reader if read_only else connect_primary,
         connection_class=asyncpg.Connection if read_only else PrimaryConnection,
         # Nothing here changes a session, so there is nothing to reset when a connection goes back: one round trip less.
-        reset=_keep if read_only else _keep_unless_misplaced,
+        reset=_keep if read_only else keep_unless_misplaced,
     )
+    return pool
 
 
 async def _keep(_: object) -> None:
     pass
-
-
-async def _keep_unless_misplaced(connection: PrimaryConnection) -> None:
-    if connection.misplaced:
-        connection.terminate()
 
 
 async def fill(pool: asyncpg.Pool) -> None:

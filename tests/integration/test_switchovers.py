@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,6 +133,40 @@ async def test_what_says_that_the_server_is_not_the_one_takes_the_connection_out
             grpc.StatusCode.INTERNAL.value[0] if code == "40P01" else grpc.StatusCode.UNAVAILABLE.value[0]
         )
         assert (await pool.fetchval("SELECT pg_backend_pid()") == before) is kept
+    finally:
+        pool.terminate()
+
+
+async def test_one_connection_that_finds_another_primary_takes_all_out_of_the_pool(
+    stores: Stores, write_dsn: str
+) -> None:
+    database = write_dsn.partition("?")[0].rpartition("/")[2]
+    pool = await postgres.connect_pool(write_dsn, size=5, application="test", lasting=True)
+
+    async def pids() -> set[int]:
+        async with AsyncExitStack() as stack:
+            connections = [await stack.enter_async_context(pool.acquire(timeout=5)) for _ in range(5)]
+            return {connection.get_server_pid() for connection in connections}
+
+    async def is_refused() -> bool:
+        try:
+            await pool.execute("CREATE TABLE IF NOT EXISTS unwanted ()")
+        except (asyncpg.ReadOnlySQLTransactionError, asyncpg.TargetServerAttributeNotMatched):
+            return True
+        return False
+
+    async def is_new() -> None:
+        try:
+            assert not await pids() & before
+        except asyncpg.TargetServerAttributeNotMatched as error:
+            raise AssertionError(str(error)) from error
+
+    try:
+        before = await pids()
+        assert await pids() == before
+        async with _read_only(stores, database, "reload"):
+            await eventually(is_refused)
+        await eventually(is_new)
     finally:
         pool.terminate()
 
