@@ -32,6 +32,8 @@ def moment(text: str) -> datetime:
         written = datetime.fromisoformat(f"{date}T{time}{(offset or '').upper().replace('Z', '+00:00')}")
         # Where the clock is changed around then, the offset before the change and the one after it.
         places = [written] if offset else [written.replace(fold=fold).astimezone() for fold in (0, 1)]
+        # At the ends of the calendar UTC may have no year for it.
+        written.replace(tzinfo=places[0].tzinfo).astimezone(UTC)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{text!r} is not a time: {error}") from None
     if len({place.utcoffset() for place in places}) == 1:

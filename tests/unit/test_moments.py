@@ -75,6 +75,8 @@ def test_a_duration_is_as_long_as_it_says() -> None:
         ("2026-05-01T24:00", "hours end at 23"),
         ("2026-13-01T00:00", "month must be in 1..12"),
         ("2026-02-29T00:00", "day is out of range"),
+        ("9999-12-31T23:59-14:00", "is not a time"),
+        ("0001-01-01T00:00+14:00", "is not a time"),
     ],
 )
 def test_anything_else_is_no_moment(text: str, problem: str) -> None:
