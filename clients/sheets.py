@@ -71,6 +71,25 @@ class Sheet:
     def rows(self, form: Form, digest: "hashlib.blake2b", findings: Findings) -> Iterator[Row]:
         """Every row that is not empty. `digest` takes in the content. Raises UnusableFile."""
         if form.encoding is None:
+            self._look_into(Workbook(self.path), form, findings)
+        return self._rows(form, digest, findings)
+
+    def rows_again(self, form: Form, digest: str) -> Iterator[Row]:
+        """The same rows. Raises ChangedFile at their end where the content is not the one with this digest, in hex."""
+        read = new_digest()
+        yield from self._rows(form, read, Findings())
+        if read.hexdigest() != digest:
+            raise ChangedFile(f"{file_name(self.path)}: the file changed while it was being read")
+
+    def columns_told(self, form: Form) -> str:
+        """The columns that are not used, for a person to see; empty where all are."""
+        names = [name or "(nameless)" for place, name in enumerate(form.header) if place not in form.places]
+        shown = ", ".join(repr(name[:_SHOWN_NAME]) for name in names[:_SHOWN_COLUMNS])
+        more = f" and {len(names) - _SHOWN_COLUMNS} more" if len(names) > _SHOWN_COLUMNS else ""
+        return f"{shown}{more}"
+
+    def _rows(self, form: Form, digest: "hashlib.blake2b", findings: Findings) -> Iterator[Row]:
+        if form.encoding is None:
             book = Workbook(self.path)
             digest.update(book.content)
             records = book.rows()
@@ -94,19 +113,27 @@ class Sheet:
                 findings.note("short rows: their missing cells are read as blank", line, cells)
                 yield line, [row[place] if place < len(row) else "" for place in places], ""
 
-    def rows_again(self, form: Form, digest: str) -> Iterator[Row]:
-        """The same rows. Raises ChangedFile at their end where the content is not the one with this digest, in hex."""
-        read = new_digest()
-        yield from self.rows(form, read, Findings())
-        if read.hexdigest() != digest:
-            raise ChangedFile(f"{file_name(self.path)}: the file changed while it was being read")
-
-    def columns_told(self, form: Form) -> str:
-        """The columns that are not used, for a person to see; empty where all are."""
-        names = [name or "(nameless)" for place, name in enumerate(form.header) if place not in form.places]
-        shown = ", ".join(repr(name[:_SHOWN_NAME]) for name in names[:_SHOWN_COLUMNS])
-        more = f" and {len(names) - _SHOWN_COLUMNS} more" if len(names) > _SHOWN_COLUMNS else ""
-        return f"{shown}{more}"
+    def _look_into(self, book: Workbook, form: Form, findings: Findings) -> None:
+        """Tells what a person who looks at a worksheet does not see, where it touches the wanted columns."""
+        columns = {place + 1 for place in form.places}
+        concealed = book.concealed()
+        unvalued = [row for row, column in concealed.unvalued if column in columns and row > form.header_line]
+        if unvalued:
+            raise UnusableFile(
+                f"{file_name(self.path)}: line {unvalued[0]}: the file has a formula there, and not its value"
+                f" ({len(unvalued):,} such cells); open it in Excel and save it"
+            )
+        for row in concealed.hidden:
+            if row > form.header_line:
+                findings.suspect("hidden rows, which are read like the others", row, "is not shown")
+        for area, rows, merged in concealed.merged:
+            if rows[-1] > max(rows[0], form.header_line) and columns & set(merged):
+                findings.suspect("merged cells, of which all but the first are read as blank", rows[0], area)
+        wanted = {clean_label(name) for name in self.columns if not _PLACE.fullmatch(name)}
+        for title, first in book.others():
+            if wanted <= set(map(clean_label, first)):
+                told = "other worksheets with the same columns, which are not read: save each as a file of its own"
+                findings.suspect(told, 0, repr(title))
 
     def _laid_out(
         self, told: str, encoding: Encoding | None, delimiter: str, records: Iterator[tuple[int, list[str]]]
