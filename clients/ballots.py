@@ -1,6 +1,7 @@
 """Ballots in a file, one row each."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,8 +9,8 @@ from pathlib import Path
 from clients.files import UnusableFile, file_name, new_digest
 from clients.findings import Findings
 from clients.sheets import Form, Row, Sheet
-from clients.voters import DAMAGED, People, voter_of
-from contracts.text import clean_label, control_character, look
+from clients.voters import DAMAGED, QUOTED, People, voter_of
+from contracts.text import clean_label, control_character, look, shape, substitute
 
 MAX_OPTIONS = 1_000
 MAX_OPTION_ID = 100
@@ -20,6 +21,9 @@ _SHOWN_OPTIONS = 40
 _REMEMBERED = 100_000
 # What stands between several choices in one cell; the first one is nothing else in a cell.
 _SEPARATORS = {";": "semicolon", "|": "pipe", ",": "comma"}
+
+# What programs write where somebody answered nothing, or was not asked.
+_NO_ANSWER = re.compile(r"n/a|<na>|null|nan|undefined|-+|[\u2013\u2014]|\\N", re.IGNORECASE)
 
 # line (where the row begins; the header is on line 1), voter_id, option_ids, fault ("": the ballot is good).
 Ballot = tuple[int, str, Sequence[str], str]
@@ -203,8 +207,9 @@ class _Choices:
     findings: Findings
     counts: dict[str, int] = field(default_factory=dict)
     merged: dict[str, str] = field(default_factory=dict)
-    # look of a choice → the first one with it; choice → the line that named it first, 0: it was told.
+    # look and shape of a choice → the first one with it; choice → the line that named it first, 0: it was told.
     _looks: dict[str, str] = field(default_factory=dict)
+    _shapes: dict[str, str] = field(default_factory=dict)
     _lines: dict[str, int] = field(default_factory=dict)
     _read: dict[str, _Marked] = field(default_factory=dict)
     # Choice → whether a row has it.
@@ -267,6 +272,9 @@ class _Choices:
                 if choice != part and not self.file.separator:
                     told = "spellings of choices read without white space and invisible characters at the ends, in NFC"
                     self.findings.note(told, line, f"{part!r} is {choice!r}")
+                    if QUOTED.fullmatch(part):
+                        told = "choices with quotation marks, for white space precedes them"
+                        self.findings.suspect(told, line, repr(part))
         found = _Marked(tuple(marked), ignored, fault)
         if len(self._read) < _REMEMBERED:
             self._read[cell] = found
@@ -279,15 +287,20 @@ class _Choices:
         if other := self.merged.get(choice):
             return other
         first = self._looks.setdefault(look(choice), choice)
-        if first != choice:
-            place = f"on line {self._lines[first]}" if self._lines[first] else "among the options"
-            alike = f"{choice!r} looks like {first!r} {place}"
+        meant = self._shapes.setdefault(shape(choice), first)
+        if choice != meant:
+            place = f"on line {self._lines[meant]}" if self._lines[meant] else "among the options"
+            alike = f"{choice!r} looks like {meant!r} {place}{substitute(choice, meant)}"
             if self.file.merge_similar:
-                self.merged[choice] = first
+                self.merged[choice] = meant
                 self.findings.note("choices that look the same, counted as one", line, alike)
-                return first
-            told = "choices that look the same: --merge-similar counts them as one, or change the file"
-            self.findings.refuse(told, line, alike)
+                return meant
+            if choice != first:
+                told = "choices that look the same: --merge-similar counts them as one, or change the file"
+                self.findings.refuse(told, line, alike)
+            elif line:
+                told = "choices of other characters that look the same: --merge-similar counts them as one"
+                self.findings.suspect(told, line, alike)
         if len(self.counts) == MAX_OPTIONS:
             raise UnusableFile(
                 f"{file_name(self.file.path)}: {self.file.columns_named} more than {MAX_OPTIONS:,} different choices,"
@@ -298,6 +311,9 @@ class _Choices:
             self.findings.suspect(told, line, f"{choice!r} looks like {ignored_one!r}")
         if line and DAMAGED.fullmatch(choice):
             self.findings.suspect("choices that a spreadsheet or a wrong encoding damaged", line, repr(choice))
+        if line and _NO_ANSWER.fullmatch(choice):
+            told = "choices with which programs write that there is no answer: --ignore-choice leaves them out"
+            self.findings.suspect(told, line, repr(choice))
         self.counts[choice] = 0
         self._lines[choice] = line
         return choice

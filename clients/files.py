@@ -31,6 +31,13 @@ _OLD_WORKBOOK = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 _ZIP, _GZIP, _XZ = b"PK\x03\x04", b"\x1f\x8b", b"\xfd7zXZ\0"
 # What an archive's other names may be: of the file's own folders, and what macOS adds.
 _NO_CONTENT = re.compile(r"(^|/)(__MACOSX/.*|\.DS_Store|\._[^/]*|)$")
+# How texts begin that are no table; a line of such a one must not become a voter.
+_NO_TABLE = {
+    "a web page": re.compile(r"[\s\ufeff]*<(!doctype|html|head|body|\?xml|table|!--)", re.IGNORECASE),
+    "JSON": re.compile(r"""[\s\ufeff]*([{\[]\s*["{\[]|[{\[]\s*$)""", re.MULTILINE),
+    "a text with a layout (RTF)": re.compile(r"\{\\rtf"),
+    "a PDF": re.compile(r"%PDF-"),
+}
 _WORD_END = re.compile(rb"[\s,;|\"]")
 _ARCHIVE_ERRORS = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError)
 
@@ -84,7 +91,32 @@ def workbook(path: Path, most_bytes: int) -> bytes:
 
 
 def examine(path: Path, encoding: str | None = None) -> Examined:
-    """Reads the whole file, and finds out its encoding unless that is given. Raises UnusableFile."""
+    """Reads the whole file, and finds out its encoding unless that is given. Raises UnusableFile, also where it is no
+    table."""
+    examined = _examined(path, encoding)
+    for kind, beginning in _NO_TABLE.items():
+        if beginning.match(examined.sample):
+            raise UnusableFile(f"{file_name(path)}: {kind}, not a table; save it as CSV UTF-8")
+    return examined
+
+
+def lines(path: Path, encoding: Encoding, digest: "hashlib.blake2b") -> Iterator[str]:
+    """The lines with their ends, which are LF, CRLF or CR. `digest` takes in the content as it is in the file."""
+    number = 0
+    try:
+        with _content(path) as content:
+            raw = io.BufferedReader(_Digesting(content, digest), _CHUNK)
+            text = io.TextIOWrapper(raw, encoding.codec, newline="")
+            while line := text.readline(_MAX_LINE):
+                number += 1
+                if len(line) == _MAX_LINE:
+                    raise UnusableFile(f"{file_name(path)}: line {number}: longer than {_MAX_LINE:,} characters")
+                yield line
+    except UnicodeDecodeError:
+        raise ChangedFile(f"{file_name(path)}: the file changed while it was being read") from None
+
+
+def _examined(path: Path, encoding: str | None) -> Examined:
     if encoding is not None:
         try:
             codec = codecs.lookup(encoding).name
@@ -109,28 +141,12 @@ def examine(path: Path, encoding: str | None = None) -> Examined:
     except _Undecodable as not_utf8:
         if not_utf8.others:
             # A file that is UTF-8 elsewhere was damaged; another encoding would misread all the rest.
-            raise UnusableFile(str(not_utf8)) from None
+            raise UnusableFile(f"{not_utf8}: damaged, or in an encoding that --encoding has to name") from None
         told = f"Windows-1252, as it is not UTF-8 (line {not_utf8.line}: {not_utf8.word!r})"
         try:
             return _decoded(path, Encoding("cp1252", told))
         except _Undecodable:
             raise UnusableFile(f"{not_utf8}, and not Windows-1252; save it as CSV UTF-8, or see --encoding") from None
-
-
-def lines(path: Path, encoding: Encoding, digest: "hashlib.blake2b") -> Iterator[str]:
-    """The lines with their ends, which are LF, CRLF or CR. `digest` takes in the content as it is in the file."""
-    number = 0
-    try:
-        with _content(path) as content:
-            raw = io.BufferedReader(_Digesting(content, digest), _CHUNK)
-            text = io.TextIOWrapper(raw, encoding.codec, newline="")
-            while line := text.readline(_MAX_LINE):
-                number += 1
-                if len(line) == _MAX_LINE:
-                    raise UnusableFile(f"{file_name(path)}: line {number}: longer than {_MAX_LINE:,} characters")
-                yield line
-    except UnicodeDecodeError:
-        raise ChangedFile(f"{file_name(path)}: the file changed while it was being read") from None
 
 
 class _Undecodable(UnusableFile):
@@ -266,6 +282,8 @@ def _spooled(path: Path) -> "tempfile._TemporaryFileWrapper[bytes]":
     """What came through a pipe, in a file that is there until the command ends: it is read more than once."""
     spool = tempfile.NamedTemporaryFile(prefix="tally-")  # noqa: SIM115 - it is open for as long as it is cached
     if path == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise UnusableFile("standard input is closed")
         shutil.copyfileobj(sys.stdin.buffer, spool)
     else:
         with path.open("rb") as pipe:

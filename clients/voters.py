@@ -8,7 +8,7 @@ from pathlib import Path
 from clients.files import UnusableFile, file_name, new_digest
 from clients.findings import Findings
 from clients.sheets import Form, Row, Sheet
-from contracts.text import clean_voter_id, look, voter_id_problem
+from contracts.text import clean_voter_id, look, shape, substitute, voter_id_problem
 
 MAX_WEIGHT = 1_000_000
 _KEPT_FAULTS = 100
@@ -18,7 +18,11 @@ _SHORTENED = re.compile(r"\d([.,]\d+)?E\+\d+", re.IGNORECASE)
 # A number that went through a program which takes all numbers for decimal ones.
 _DECIMAL = re.compile(r"\d+[.,]0+")
 # What a spreadsheet or a wrong encoding left in the place of a text.
-DAMAGED = re.compile(r"#(N/A|NAME\?|REF!|VALUE!|DIV/0!|NUM!|NULL!|#+)|.*\ufffd.*", re.DOTALL)
+DAMAGED = re.compile(
+    r"#(N/A|NAME\?|REF!|VALUE!|DIV/0!|NUM!|NULL!|#+)|.*(\ufffd|[ÃÂ][\u0080-\u00bf\u0152-\u2122]|â€).*", re.DOTALL
+)
+# A quotation mark behind white space is part of the cell, in every CSV; programs that write one mean it otherwise.
+QUOTED = re.compile(r'\s+".*"\s*', re.DOTALL)
 # Headers of columns of voters, by their look; beside them, a header is known by how it differs from all other rows.
 _HEADERS = {
     *("voter", "voters", "voter_id", "voter id", "voterid", "id", "name", "names", "user", "user id", "username"),
@@ -56,7 +60,7 @@ class People:
     fold_case: bool = False
     # voter_id → the line that named it first, and a number of the caller's.
     _known: dict[str, tuple[int, int]] = field(default_factory=dict)
-    # look of a voter_id that is written otherwise → that voter_id.
+    # shape of a voter_id that is written otherwise → that voter_id.
     _written: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -68,16 +72,17 @@ class People:
         self._judge(line, cell, voter_id)
         if first := self._known.get(voter_id):
             return first
-        written = look(voter_id)
+        written = shape(voter_id)
         if written.isdecimal():
             # Spreadsheets drop the zeros in front of a member's number.
             written = written.lstrip("0") or "0"
         other = self._written.get(written) or (written if written != voter_id and written in self._known else None)
         if other is not None:
-            told = "voters who differ only in letter case, zeros in front or Unicode forms"
+            told = "voters who differ only in letter case, zeros in front, Unicode forms or letters of one shape"
             if not self.fold_case:
                 told += "; --fold-case reads ids in lower case"
-            self.findings.suspect(told, line, f"{voter_id!r} looks like {other!r} on line {self._known[other][0]}")
+            alike = f"{voter_id!r} looks like {other!r} on line {self._known[other][0]}"
+            self.findings.suspect(told, line, alike + substitute(voter_id, other))
         if written != voter_id:
             self._written.setdefault(written, voter_id)
         self._known[voter_id] = line, number
@@ -89,7 +94,9 @@ class People:
             if self.fold_case:
                 told += ", in lower case"
             self.findings.note(told, line, f"{cell!r} is {voter_id!r}")
-        if not voter_id[0].isdigit() and voter_id[0] != "#" and "\ufffd" not in voter_id:
+            if QUOTED.fullmatch(cell):
+                self.findings.suspect("voter ids with quotation marks, for white space precedes them", line, repr(cell))
+        if not voter_id[0].isdigit() and voter_id[0] != "#" and voter_id.isascii():
             return
         if _SHORTENED.fullmatch(voter_id):
             told = "numbers that a spreadsheet shortened: format the column as text, and save the file anew"

@@ -27,6 +27,16 @@ _INVISIBLE_IN_LABEL = re.compile(f"[{_UNSEEN}]|(?<![\u0590-\U0010ffff])[{_JOINER
 _END_OF_LABEL = re.compile(f"[\\s{_UNSEEN}{_JOINERS}]*")
 # Digits that are set high, low, as a fraction or in a circle do not look like the plain ones that NFKC makes of them.
 _SET_APART = re.compile("([\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f\u2150-\u215f\u2189\u2460-\u24ff]+)")
+# What keyboards and programs write in the place of one another: letters of Cyrillic that are Latin ones to the eye in
+# one case or the other, dashes, and quotation marks. No two letters of Cyrillic become the same one.
+_CYRILLIC = dict(zip("авекмнорстухіјѕԁԛԝ", "abekmhopctyxijsdqw", strict=True))
+_SUBSTITUTES = str.maketrans(
+    _CYRILLIC
+    | {letter.upper(): latin.upper() for letter, latin in _CYRILLIC.items()}
+    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u2212", "-")
+    | dict.fromkeys("`\u00b4\u02b9\u02bc\u2018\u2019\u201a\u201b\u2032", "'")
+    | dict.fromkeys("\u201c\u201d\u201e\u201f\u2033", '"')
+)
 
 
 def voter_id_problem(voter_id: str) -> str:
@@ -95,6 +105,20 @@ def look(text: str) -> str:
         parts[::2] = [unicodedata.normalize("NFKD", part) for part in parts[::2]]
         seen = unicodedata.normalize("NFC", "".join(parts).casefold())
     return " ".join(seen.split()) or text
+
+
+def shape(text: str) -> str:
+    """The same for texts that may be meant to be the same: those with one `look`, and those that have Latin letters
+    where the other has Cyrillic ones of their shape, or another kind of dash or quotation mark."""
+    return look(text.translate(_SUBSTITUTES) if not text.isascii() or "`" in text else text)
+
+
+def substitute(one: str, other: str) -> str:
+    """The character in which two texts of one shape differ, as `: U+0410 CYRILLIC CAPITAL LETTER A`; empty where they
+    have one look."""
+    if look(one) == look(other):
+        return ""
+    return next((f": {character_name(c)}" for c in one + other if ord(c) in _SUBSTITUTES), "")
 
 
 def character_name(character: str) -> str:

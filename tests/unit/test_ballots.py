@@ -12,6 +12,7 @@ from tally.command.v1.command_service_pb2 import CastVotesRequest
 import clients.batches
 from clients.ballots import MAX_LABEL, MAX_OPTIONS, Ballot, BallotFile, Survey, label, option_id
 from clients.files import UnusableFile
+from clients.findings import Weight
 from clients.importing import batches
 
 Write = Callable[..., Path]
@@ -285,6 +286,44 @@ def test_choices_that_look_the_same_are_refused_or_merged_into_the_first_or_the_
     named = BallotFile(path, ("choice",), "id", options=("no", "Yes"), merge_similar=True)
     assert named.survey().choices == {"no": 1, "Yes": 4}
     assert [ballot[2] for ballot in read(named)] == [["Yes"], ["Yes"], ["no"], ["Yes"], ["Yes"]]
+
+
+def test_choices_of_one_shape_are_suspicious_and_merged_when_told(write: Write) -> None:
+    path = write("id,choice\n1,O'Neil\n2,\u041eO\n3,O\u2019Neil\n4,o\u041e\n5,OO\n")
+    file = BallotFile(path, ("choice",), "id")
+    survey = file.survey()
+    assert survey.findings.stop(yes=False)
+    assert not survey.findings.stop(yes=True)
+    assert every_line(survey) == [
+        "line 4: 'O\u2019Neil' looks like \"O'Neil\" on line 2: U+2019 RIGHT SINGLE QUOTATION MARK",
+        "line 5: 'o\u041e' looks like '\u041eO' on line 3: U+041E CYRILLIC CAPITAL LETTER O",
+        "line 6: 'OO' looks like '\u041eO' on line 3: U+041E CYRILLIC CAPITAL LETTER O",
+    ]
+    merged = BallotFile(path, ("choice",), "id", merge_similar=True)
+    assert merged.survey().choices == {"O'Neil": 2, "\u041eO": 3}
+    assert not merged.survey().findings.stop(yes=False)
+    named = BallotFile(path, ("choice",), "id", options=("OO", "\u041e\u041e"))
+    assert "'\u041e\u041e' looks" not in " ".join(every_line(named.survey()))
+
+
+def test_cells_that_programs_wrote_are_no_candidates_unless_told(write: Write) -> None:
+    path = write(
+        'id,choice\n1,a\n2,b\n3,N/A\n4, "c"\n5,M\u00c3\u00bcller\n6,null\n7,It\u00e2\u20ac\u2122s\n8,Não\n9,-1\n'
+    )
+    survey = BallotFile(path, ("choice",), "id").survey()
+    assert survey.findings.stop(yes=False)
+    assert not survey.findings.stop(yes=True)
+    suspicious = [each.examples for each in survey.findings.kinds.values() if each.weight is Weight.SUSPICION]
+    assert sorted(line for lines in suspicious for line in lines) == [
+        "line 4: 'N/A'",
+        "line 5: ' \"c\"'",
+        "line 6: 'M\u00c3\u00bcller'",
+        "line 7: 'null'",
+        "line 8: 'It\u00e2\u20ac\u2122s'",
+    ]
+    path = write("id,choice\n1,a\n2,b\n3,N/A\n4,null\n")
+    told = BallotFile(path, ("choice",), "id", frozenset({"N/A"}), ("null",)).survey()
+    assert not told.findings.stop(yes=False)
 
 
 def test_the_example_of_the_documentation_is_what_is_printed(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,8 @@ from contracts.text import (
     control_character,
     is_plain_voter_id,
     look,
+    shape,
+    substitute,
     voter_id_problem,
 )
 from contracts.voters import VoterKeys
@@ -133,6 +135,30 @@ def test_labels_that_look_the_same(one: str, other: str) -> None:
 )
 def test_labels_that_look_different(one: str, other: str) -> None:
     assert look(one) != look(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "character"),
+    [
+        ("\u0410nn", "Ann", ": U+0410 CYRILLIC CAPITAL LETTER A"),
+        ("10\u0412", "10b", ": U+0412 CYRILLIC CAPITAL LETTER VE"),
+        ("\u0421\u0421\u0421\u0420", "cccp", ": U+0421 CYRILLIC CAPITAL LETTER ES"),
+        ("O'Neil", "O\u2019Neil", ": U+2019 RIGHT SINGLE QUOTATION MARK"),
+        ("Smith-Jones", "smith\u2011jones", ": U+2011 NON-BREAKING HYPHEN"),
+        ("\u201ecafe\u0301\u201c", '"caf\u00e9"', ": U+201E DOUBLE LOW-9 QUOTATION MARK"),
+        ("Tea", "tea", ""),
+    ],
+)
+def test_texts_of_one_shape_differ_in_a_character_that_is_named(one: str, other: str, character: str) -> None:
+    assert shape(one) == shape(other)
+    assert substitute(one, other) == character
+
+
+def test_letters_of_one_script_have_different_shapes() -> None:
+    letters = [chr(number) for number in range(0x430, 0x460)]
+    assert len({shape(letter) for letter in letters}) == len(letters)
+    assert shape("5 \u03bcm") != shape("5 mm")
+    assert shape("Tea, milk") != shape("Tea; milk")
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,37 @@ def test_ids_that_differ_in_case_are_suspicious_unless_case_is_folded(tmp_path: 
     assert {voter for _, voter, _ in read(folded)} == {"ada@example.org", "bob@example.org"}
 
 
+def test_ids_with_letters_of_another_script_are_suspicious(tmp_path: Path) -> None:
+    path = tmp_path / "roll.csv"
+    path.write_text('id\nada@x\n\u0430da@x\n"bob"\nM\u00c3\u00bcller\n "cid"\n', encoding="utf-8")
+    assert told(RollFile(path, "id").survey(), Weight.SUSPICION) == [
+        "line 3: '\u0430da@x' looks like 'ada@x' on line 2: U+0430 CYRILLIC SMALL LETTER A",
+        "line 5: 'M\u00c3\u00bcller'",
+        "line 6: ' \"cid\"'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        ("<!DOCTYPE html>\n<p>Sign in\n", "a web page"),
+        ("\ufeff\n <HTML>\nada\n", "a web page"),
+        ('{"voters": [\n"ada"]}\n', "JSON"),
+        ('[\n"ada"\n]\n', "JSON"),
+        ("{\\rtf1\\ansi\nada\\par}\n", "RTF"),
+        ("%PDF-1.4\nada\n", "a PDF"),
+    ],
+)
+def test_what_is_no_table_is_no_list_of_voters(tmp_path: Path, content: str, kind: str) -> None:
+    path = tmp_path / "roll.csv"
+    for encoding in ("utf-8", "utf-16"):
+        path.write_text(content, encoding=encoding)
+        with pytest.raises(UnusableFile, match=rf"{kind}.*, not a table"):
+            RollFile(path).survey()
+    path.write_text("<ada@example.org>\n[x]\n{y}\n")
+    assert len(read(RollFile(path))) == 3
+
+
 def test_letters_that_no_case_joins_are_not_folded(tmp_path: Path) -> None:
     path = tmp_path / "roll.csv"
     path.write_text("k\u0131sa\nkisa\nstra\u00dfe\n", encoding="utf-8")
