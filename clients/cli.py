@@ -2,14 +2,13 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 import typer
 
 from clients.deferred import CommandGroup
-from clients.failures import Failure
-
-_WRONG_USAGE = 2
+from clients.failures import Failure, WrongUsage
 
 
 class TallyCommands(CommandGroup):
@@ -165,17 +164,34 @@ app.add_typer(
 
 def main() -> None:
     """The console script: what goes wrong is one line on stderr, never a traceback."""
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - it is open until the end
+    try:
+        _prepare()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except Failure as failure:
+        print(failure, file=sys.stderr)
+        sys.exit(failure.code)
+    except OSError as error:
+        # Commands tell of their files and connections themselves. Python would try this again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"standard output cannot be written: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _prepare() -> None:
+    """Raises Failure where the command cannot be understood, or what it prints cannot be read."""
+    if sys.stdout is None:
+        raise Failure("standard output is closed")
     for stream in (sys.stdout, sys.stderr):
         # A label that the terminal's encoding does not have must not end a count.
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if unreadable := _unreadable():
-        print(f"{unreadable} is not valid UTF-8", file=sys.stderr)
-        sys.exit(_WRONG_USAGE)
-    try:
-        app()
-    except Failure as failure:
-        print(failure, file=sys.stderr)
-        sys.exit(failure.code)
+        raise WrongUsage(f"{unreadable} is not valid UTF-8")
 
 
 def _unreadable() -> str:

@@ -38,7 +38,7 @@ class ListOutput(StrEnum):
 
 
 # What a spreadsheet takes for a formula: labels and titles are other people's words. Plain numbers are none.
-_FORMULA = re.compile(r"(?![+-]?[\d.,]+$)[=+\-@\t\r]")
+_FORMULA = re.compile(r"(?![+-]?[\d.,]+$)\s*[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]")
 # Joiners within words and emoji, which are not printable by themselves and cannot take a terminal over.
 _JOINERS = "\u200c\u200d"
 
@@ -73,8 +73,11 @@ def print_fields(fields: dict[str, str]) -> None:
 def print_csv(names: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Prints rows below a header: numbers without separators, times in UTC, empty where there is no value.
 
-    A text that a spreadsheet would run as a formula gets an apostrophe in front.
+    A text that a spreadsheet would run as a formula gets an apostrophe in front. Into a file or a pipe they are UTF-8,
+    whatever the terminal has.
     """
+    if not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(names)
     for row in rows:
