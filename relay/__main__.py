@@ -12,6 +12,10 @@ from runtime.settings import NatsUrl, PostgresUrl, Settings
 # How long a stop waits for what is under way.
 _STOP_SECONDS = 4.0
 
+# How long a statement waits for another transaction's lock: what waits is tried again, and is unknown meanwhile. The
+# backlog, which rests ten times as long as it was looked at, would be unknown for minutes after a lock of seconds.
+_LOCK_SECONDS = 0.25
+
 
 class RelaySettings(Settings):
     """What the relay reads from the environment."""
@@ -37,7 +41,9 @@ async def relay(settings: RelaySettings, stop: asyncio.Event) -> None:
             if not waiting:
                 lifecycle.announce("running", settings, shards=settings.shards)
 
-    pool = await postgres.connect_pool(settings.write_dsn, size=2, application="relay repair")
+    pool = await postgres.connect_pool(
+        settings.write_dsn, size=2, application="relay repair", lock_seconds=_LOCK_SECONDS
+    )
     try:
         async with asyncio.TaskGroup() as tasks:
             shards = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from math import isnan
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -23,6 +24,7 @@ from nats.js.api import (
     StreamSource,
     SubjectTransform,
 )
+from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 from tally.query.v1.query_service_pb2 import OutboxStatus
 
@@ -70,6 +72,26 @@ async def test_a_row_that_is_committed_late_is_not_passed_over(
         await drained(log)
     stream = await published(bus)
     assert stream.versions(early) == stream.versions(late) == [1, 2, 3]
+
+
+async def test_the_backlog_is_unknown_while_the_outbox_is_locked_and_known_soon_after(
+    log: EventLog, write_dsn: str, nats_url: str
+) -> None:
+    await log.poll()
+
+    async def is_known() -> bool:
+        return REGISTRY.get_sample_value("tally_outbox_events", {"shard": "0"}) == 0
+
+    async def is_unknown() -> bool:
+        return isnan(REGISTRY.get_sample_value("tally_outbox_events", {"shard": "0"}) or 0)
+
+    async with relaying(write_dsn, nats_url):
+        await drained(log)
+        await eventually(is_known)
+        async with event_log(write_dsn) as other, other.connection.transaction():
+            await other.connection.execute("LOCK TABLE outbox")
+            await eventually(is_unknown)
+        await eventually(is_known)
 
 
 async def test_big_events_are_read_a_few_at_a_time(
