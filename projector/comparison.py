@@ -132,14 +132,19 @@ class Comparison:
             await backoff.wait()
 
     async def _step(self, source: EventLog) -> None:
-        """Compares the polls that are wanted, or else a page."""
+        """Compares the polls that are wanted, or else a page; both while something is known to be missing.
+
+        The relay may make polls wanted as fast as they are brought, and a page brings many.
+        """
         if self._wanted:
             wanted = list(self._wanted)[:WANTED]
             for poll_id in wanted:
                 del self._wanted[poll_id]
             polls = await _from_log(source.polls(wanted))
             await self._bring(source, polls, await self._look(polls), wanted=True)
-        elif self.urgent:
+            if not self.urgent:
+                return
+        if self.urgent:
             await self._page_of(source)
         elif not self.caught_up:
             # What is missing may be in the stream.

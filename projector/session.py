@@ -132,8 +132,9 @@ class Session:
         received = self._decode(messages)
         tallies = await self._load(received)
         changes: list[Change] = []
-        for poll_id, batch in received.items():
-            self._advance(poll_id, tallies[poll_id], batch, changes)
+        gapped = [poll for poll, batch in received.items() if self._advance(poll, tallies[poll], batch, changes)]
+        if gapped:
+            log.info("events are missing", polls=len(gapped), poll_id=gapped[0])
         if reached:
             self._reached = reached._replace(log_epoch=self.log_epoch)
         failpoint("projector.before_store")
@@ -224,7 +225,8 @@ class Session:
             await self._model.set_aside(list(damage.polls))
             return await self._model.load(poll_ids)
 
-    def _advance(self, poll_id: str, tally: Tally | None, received: list[_Received], changes: list[Change]) -> None:
+    def _advance(self, poll_id: str, tally: Tally | None, received: list[_Received], changes: list[Change]) -> bool:
+        """Adds what is to be stored of a poll to `changes`; whether an event is found to be missing."""
         result = advance(tally, (event for event, _ in received))
         if tally and any(_contradicts(event, tally) for event, _ in received):
             self.suspects.add(poll_id)
@@ -251,7 +253,8 @@ class Session:
                     self._letters[poll_id] = None
             if self._gaps.update(poll_id, version, beyond, self._reached, time.monotonic()):
                 _gaps.labels(self._model.name).inc()
-                log.info("an event is missing", poll_id=poll_id, version=version + 1, seen=beyond)
+                return True
+        return False
 
     async def _store(
         self,

@@ -19,8 +19,8 @@ RUN = "import sys; sys.argv[0] = 'tally'; from clients.cli import main; main()"
 RUN_AND_TELL = f"import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); {RUN}"
 # The modules of commands that use stores themselves.
 STORE_COMMANDS = {f"clients.{name}" for name in ("archiving", "dead_letters", "migrating", "rebuilding", "up")}
-# The help of commands promises to come within this much processor time; seconds.
-HELP_SECONDS = 0.3
+# The help of commands promises to come within this much processor time, in seconds; that of a group reads its options.
+HELP_SECONDS, GROUP_HELP_SECONDS = 0.3, 0.6
 STORES = {"asyncpg", "nats", "redis", "structlog", "psutil"}
 HEAVY = STORES | {"asyncio", "grpc", "google", "tally", "rich", "openpyxl"}
 GROUPS = [
@@ -64,7 +64,8 @@ def test_help_loads_no_command_and_takes_little_time(arguments: list[str]) -> No
     assert "Show this message and exit." in printed
     assert packages & HEAVY == set()
     # The least of some tries: what else the machine does only adds to it.
-    assert any(seconds_of(*arguments) < HELP_SECONDS for _ in range(10))
+    seconds = GROUP_HELP_SECONDS if len(arguments) > 1 else HELP_SECONDS
+    assert any(seconds_of(*arguments) < seconds for _ in range(10))
 
 
 def test_help_tells_every_command_in_full() -> None:
