@@ -32,6 +32,8 @@ _LONGEST = ("test_cli", "test_setup", "test_files", "test_up", "test_query_serve
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
     order = {name: place for place, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
