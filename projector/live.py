@@ -64,6 +64,11 @@ class Live:
         self._store = redis.register_script(_SCRIPT)
         self._database: int = redis.connection_pool.connection_kwargs.get("db", 0)
 
+    @property
+    def channels(self) -> str:
+        """The channels of all polls, as a pattern of Redis."""
+        return live_channel("*", self._database)
+
     @classmethod
     @asynccontextmanager
     async def connect(cls, redis_url: str) -> AsyncIterator[Self]:
@@ -160,7 +165,7 @@ class Live:
         polls = [live_key(copy, change.poll_id) for change in changes]
         keys = [self._named_by, frozen_key(copy), position_key(copy), dead_letters_key(copy), filling_key(copy), *polls]
         # What is not in use yet is nobody's news.
-        channels = live_channel("*", self._database) if self._named_by == GENERATION_KEY else ""
+        channels = self.channels if self._named_by == GENERATION_KEY else ""
         arguments: list[str | bytes | int] = [copy, _text(old), _text(new), channels]
         for change in changes:
             results, counted = _results(change.poll_id, change.tally, new.log_epoch), b""

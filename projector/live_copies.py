@@ -75,7 +75,8 @@ class LiveCopies:
     async def switch(self) -> None:
         keys = [GENERATION_KEY, FRESH_GENERATION_KEY, frozen_key(self.in_use.generation)]
         async with asyncio.timeout(SECONDS):
-            unexpected = await self._switch(keys=keys, args=[self.in_use.generation, self.fresh.generation])
+            arguments = [self.in_use.generation, self.fresh.generation, self.in_use.channels]
+            unexpected = await self._switch(keys=keys, args=arguments)
         if unexpected:
             raise Displaced(f"{unexpected.decode()} is not as this process left it")
 

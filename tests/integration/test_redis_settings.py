@@ -21,8 +21,10 @@ from tally.poll.v1.poll_pb2 import POLL_STATE_DRAFT, POLL_STATE_OPEN, PollOption
 from tally.query.v1 import query_service_pb2 as query
 from tally.query.v1.query_service_pb2_grpc import QueryServiceStub
 
+from contracts.live import live_channel
 from projector.fold import Tally, fold
 from projector.live import Live
+from projector.live_copies import LiveCopies
 from projector.read_model import Change
 from projector.stream import BEGINNING
 from tests.servers import query_channel
@@ -113,3 +115,23 @@ async def test_databases_of_one_redis_do_not_hear_each_other(read_dsn: str, redi
             await one.store([Change(poll.poll_id, 1, here, [poll.opened])], {}, BEGINNING, BEGINNING)
             results = (await watches[0].read()).results
             assert (results.version, results.state) == (2, POLL_STATE_OPEN)
+
+
+async def test_a_rebuild_tells_the_watchers_of_its_database_only(redis_url: str) -> None:
+    poll = _Poll()
+    copy_url = redis_url.removesuffix("/0") + "/7"
+    async with (
+        Redis.from_url(redis_url) as client,
+        client.pubsub(ignore_subscribe_messages=True) as channel,
+        LiveCopies.open(copy_url) as copies,
+    ):
+        names = [live_channel(poll.poll_id, database) for database in (0, 7)]
+        await channel.subscribe(*names)
+        await _store_first(copies.fresh, poll)
+        async with copies.frozen():
+            await copies.switch()
+        message = None
+        while message is None:
+            message = await channel.get_message(timeout=5)
+        assert message["channel"].decode() == names[1]
+        assert await channel.get_message(timeout=0.1) is None
