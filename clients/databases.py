@@ -24,7 +24,8 @@ def say_warnings() -> None:
     """What the machinery logs is said too, where it is a warning or worse."""
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # What stderr is when something is said.
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
     )
 
 

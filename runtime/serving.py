@@ -34,17 +34,16 @@ ResultT = TypeVar("ResultT")
 
 # A request above this is refused with a clear error.
 MAX_REQUEST_BYTES = 4 << 20
-# Above this gRPC itself breaks the call off.
-_MAX_RECEIVED_BYTES = 5 << 20
-_MAX_SENT_BYTES = 16 << 20
+# Above this gRPC itself breaks the call off, before the request is in memory.
+_MAX_MESSAGE_BYTES = 16 << 20
 # In a request up to this size there is no room for many entries of a list; one up to the second is checked at once.
 _SMALL_BYTES = 1 << 10
 _QUICKLY_CHECKED_BYTES = 1 << 13
 _STOP_SECONDS = 1.0
 
 _OPTIONS = [
-    ("grpc.max_receive_message_length", _MAX_RECEIVED_BYTES),
-    ("grpc.max_send_message_length", _MAX_SENT_BYTES),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     # More calls than these at one moment are answered CANCELLED before anybody has seen them: room for a crowd.
     ("grpc.server.max_pending_requests", 20_000),
     ("grpc.server.max_pending_requests_hard_limit", 40_000),

@@ -28,7 +28,7 @@ if _version_not_supported:
 class CommandServiceStub(object):
     """CommandService changes polls and takes votes. It returns what a caller needs to go on, never results: those are read
     from `tally.query.v1.QueryService`. Every answer means that the change is durable. Errors are described by
-    `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 5 MiB gRPC refuses it before the server
+    `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 16 MiB gRPC refuses it before the server
     sees it, as RESOURCE_EXHAUSTED without details.
     """
 
@@ -88,7 +88,7 @@ class CommandServiceStub(object):
 class CommandServiceServicer(object):
     """CommandService changes polls and takes votes. It returns what a caller needs to go on, never results: those are read
     from `tally.query.v1.QueryService`. Every answer means that the change is durable. Errors are described by
-    `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 5 MiB gRPC refuses it before the server
+    `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 16 MiB gRPC refuses it before the server
     sees it, as RESOURCE_EXHAUSTED without details.
     """
 
@@ -225,7 +225,7 @@ def add_CommandServiceServicer_to_server(servicer, server):
 class CommandService(object):
     """CommandService changes polls and takes votes. It returns what a caller needs to go on, never results: those are read
     from `tally.query.v1.QueryService`. Every answer means that the change is durable. Errors are described by
-    `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 5 MiB gRPC refuses it before the server
+    `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 16 MiB gRPC refuses it before the server
     sees it, as RESOURCE_EXHAUSTED without details.
     """
 

@@ -29,7 +29,7 @@ GRPC_VERSION: str
 class CommandServiceStub:
     """CommandService changes polls and takes votes. It returns what a caller needs to go on, never results: those are read
     from `tally.query.v1.QueryService`. Every answer means that the change is durable. Errors are described by
-    `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 5 MiB gRPC refuses it before the server
+    `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 16 MiB gRPC refuses it before the server
     sees it, as RESOURCE_EXHAUSTED without details.
     """
 
@@ -75,7 +75,7 @@ class CommandServiceStub:
 class CommandServiceAsyncStub(CommandServiceStub):
     """CommandService changes polls and takes votes. It returns what a caller needs to go on, never results: those are read
     from `tally.query.v1.QueryService`. Every answer means that the change is durable. Errors are described by
-    `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 5 MiB gRPC refuses it before the server
+    `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 16 MiB gRPC refuses it before the server
     sees it, as RESOURCE_EXHAUSTED without details.
     """
 
@@ -117,7 +117,7 @@ class CommandServiceAsyncStub(CommandServiceStub):
 class CommandServiceServicer(metaclass=_abc_1.ABCMeta):
     """CommandService changes polls and takes votes. It returns what a caller needs to go on, never results: those are read
     from `tally.query.v1.QueryService`. Every answer means that the change is durable. Errors are described by
-    `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 5 MiB gRPC refuses it before the server
+    `tally.poll.v1.ErrorReason`. A request above 4 MiB is INVALID_REQUEST; above 16 MiB gRPC refuses it before the server
     sees it, as RESOURCE_EXHAUSTED without details.
     """
 
