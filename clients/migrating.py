@@ -20,10 +20,10 @@ def migrate(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Bring the schemas of your own databases up to date. Safe to repeat; `tally up` does it by itself."""
-    databases.say_warnings()
     dsns = {"write": write_dsn, "read": read_dsn}
     if not any(dsns.values()):
         raise typer.BadParameter("give --write-dsn, --read-dsn or both")
+    databases.say_warnings()
     applied = {name: asyncio.run(databases.migrate(name, dsn)) for name, dsn in dsns.items() if dsn}
     if output is Output.JSON:
         print_json({"applied": applied})

@@ -27,6 +27,7 @@ from uuid import uuid4
 import asyncpg
 import grpc
 import pytest
+import structlog
 from rich.cells import cell_len
 from tally.command.v1.command_service_pb2 import (
     CancelPollRequest,
@@ -842,6 +843,8 @@ def test_wrong_usage_is_exit_code_2() -> None:
     ]
     outcomes = [CliRunner(env=WITHOUT_TALLY).invoke(app, arguments) for arguments in wrong]
     assert [(outcome.exit_code, outcome.stdout) for outcome in outcomes] == [(2, "")] * len(wrong)
+    # They ran in this process: what other tests log must not go to a stderr that is closed by now.
+    assert not structlog.is_configured()
 
 
 async def test_what_is_not_utf_8_is_wrong_usage_unless_it_names_a_file(cli: Cli, tmp_path: Path) -> None:
