@@ -99,8 +99,9 @@ async def test_a_poll_that_stands_still_is_seen_and_goes_on_after_the_fix(system
         code, outcome = await tally(system, "replay", str(bad.poll_id))
         assert code == 3
         assert [row["read_model"] for row in outcome["parked_again"]] == READ_MODELS
+        # It came with another message, or out of the event log, which a projector compares with at its start.
         assert all(
-            again["stream_sequence"] > row["stream_sequence"] and again["first_seen"] == row["first_seen"]
+            again["stream_sequence"] != row["stream_sequence"] and again["first_seen"] == row["first_seen"]
             for again, row in zip(outcome["parked_again"], rows, strict=True)
         )
 
