@@ -106,11 +106,11 @@ async def test_what_changes_while_it_is_read_is_read_again(reads: Reads, write_d
 async def test_a_read_that_fails_is_told_to_those_who_asked_and_not_remembered(reads: Reads, write_dsn: str) -> None:
     async with command_server(write_dsn) as server:
         poll_id = await open_poll(server)
-    reads.error = asyncpg.UndefinedTableError("no such table")
+    reads.error = asyncpg.DataCorruptedError("a damaged page")
     outcomes = await asyncio.gather(
         *(reads.polls.find(each) for each in (poll_id, poll_id, str(uuid4()))), return_exceptions=True
     )
-    assert [type(outcome) for outcome in outcomes] == [asyncpg.UndefinedTableError] * 3
+    assert [type(outcome) for outcome in outcomes] == [asyncpg.DataCorruptedError] * 3
     reads.error = None
     assert await reads.find(poll_id) == ["OPEN"]
 
