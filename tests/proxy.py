@@ -45,22 +45,34 @@ class Proxy:
         self._pass.clear()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self.to_break:
-            self.to_break -= 1
+        self.to_break, to_break = max(self.to_break - 1, 0), self.to_break
+        # It may have been accepted just before the proxy was cut.
+        if to_break or self._server is None:
             writer.transport.abort()
             return
+        ends = [writer]
         self._writers.add(writer)
         try:
             with suppress(OSError):
                 upstream = await asyncio.open_connection("127.0.0.1", self._target)
+                ends.append(upstream[1])
                 self._writers.add(upstream[1])
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._copy(reader, upstream[1]))
                     tasks.create_task(self._copy(upstream[0], writer))
-                self._writers.discard(upstream[1])
         finally:
-            self._writers.discard(writer)
-            writer.close()
+            for end in ends:
+                self._writers.discard(end)
+                end.close()
+
+    async def end(self) -> None:
+        """Breaks every connection and waits until nothing of it is left, so that no later test hears of it."""
+        await self.restore()
+        async with asyncio.timeout(10):
+            await self.cut()
+            while self._writers:
+                await asyncio.sleep(0.001)
+                await self.cut()
 
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):
@@ -86,5 +98,4 @@ async def proxy(port: int) -> AsyncIterator[Proxy]:
     try:
         yield made
     finally:
-        await made.restore()
-        await made.cut()
+        await made.end()

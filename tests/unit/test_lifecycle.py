@@ -27,6 +27,13 @@ lifecycle.run(main)
 """
 
 
+_WITH_DEFAULTS = """
+import signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_process_finishes_what_it_accepted(number: signal.Signals) -> None:
     with _process() as process:
@@ -48,7 +55,9 @@ def test_a_process_outlives_its_terminal_under_nohup() -> None:
 @contextmanager
 def _process(*before: str) -> Iterator[subprocess.Popen[str]]:
     """A process that has begun; `before`: what runs it."""
-    command = [*before, sys.executable, "-c", _PROCESS]
+    # These tests may themselves run under nohup, or behind a shell that ignores Ctrl-C.
+    program = _PROCESS if before else _WITH_DEFAULTS + _PROCESS
+    command = [*before, sys.executable, "-c", program]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
