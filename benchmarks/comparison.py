@@ -28,7 +28,9 @@ async def run(stage: Stage, effort: Effort) -> list[Figure]:
             return calls.per_second
 
         async def one_by_one() -> float:
-            calls = await unary.call(plain, servers.METHOD, effort.seconds, poll_ids=[plain_poll], concurrent=CONCURRENT)
+            calls = await unary.call(
+                plain, servers.METHOD, effort.seconds, poll_ids=[plain_poll], concurrent=CONCURRENT
+            )
             return calls.per_second
 
         ours, batched, transactions, saved, saved_together = await take_turns(
