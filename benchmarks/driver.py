@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import count
 from typing import Any
 
-# An answer is a line of at most so many bytes.
+# The most bytes of an answer, which is one line.
 _ANSWER_BYTES = 16 << 20
 
 # Each order has voters of its own: a million of them.

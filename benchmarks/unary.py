@@ -41,7 +41,7 @@ def orders(
     rate: float = 0.0,
     acknowledged: bool = False,
 ) -> dict[str, object]:
-    """What benchmarks.calls shall do: call with votes in polls, or with the same request."""
+    """Orders for benchmarks.calls: to call with votes in polls, or with the same request."""
     return {
         "address": server.address,
         "method": method,

@@ -267,7 +267,7 @@ def _request(poll_id: UUID, version: int = 0) -> bytes:
 
 
 def _orders(server: Server, method: str, request: bytes, streams: int, messages: int = 1) -> dict[str, object]:
-    """What benchmarks.streams shall do."""
+    """Orders for benchmarks.streams."""
     return {
         "address": server.address,
         "method": method,

@@ -120,11 +120,11 @@ class DeadLetterCommands(CommandGroup):
     deferred: ClassVar = {
         "list": (
             "clients.dead_letters:list_letters",
-            "List the events at which polls stand still, by read model.",
+            "List the events that parked polls wait for, by read model.",
         ),
         "show": (
             "clients.dead_letters:show",
-            "Show all that is known of the event at which a poll stands still, in each read model.",
+            "Show all that is known of the event that parked a poll, in each read model.",
         ),
         "replay": (
             "clients.dead_letters:replay",
@@ -155,7 +155,7 @@ app.add_typer(
     typer.Typer(
         cls=DeadLetterCommands,
         no_args_is_help=True,
-        help="Look at events that a read model could not apply, and try them again. Their polls stand still for"
+        help="Look at events that a read model could not apply, and try them again. Their polls are parked for"
         " readers.",
     ),
     name="dead-letters",

@@ -50,7 +50,7 @@ def list_letters(
     data_dir: DataDir = DEFAULT_DATA_DIR,
     output: ListOutputOption = ListOutput.TABLE,
 ) -> None:
-    """List the events at which polls stand still, by read model.
+    """List the events that parked polls wait for, by read model.
 
     Exit code: 0 if every read model could be looked at, 1 if not.
     """
@@ -81,7 +81,7 @@ def show(
     data_dir: DataDir = DEFAULT_DATA_DIR,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Show all that is known of the event at which a poll stands still, in each read model.
+    """Show all that is known of the event that parked a poll, in each read model.
 
     Exit code: 0 if there is such an event, 1 if there is none or a read model could not be looked at.
     """
@@ -95,12 +95,12 @@ def show(
         print_fields({field: str(value) for field, value in fields.items()})
     _complain(unanswered)
     if not rows:
-        raise Failure(f"no read model stands still at an event of poll {poll}")
+        raise Failure(f"no read model is parked at an event of poll {poll}")
 
 
 def replay(
     polls: Polls = None,
-    all_: Annotated[bool, typer.Option("--all", help="Every poll that stands still.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="Every parked poll.")] = False,
     wait: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="How long to wait for the projectors.")] = 30.0,
     read_dsn: ReadDsn = None,
     redis_url: RedisUrl = None,
@@ -112,7 +112,7 @@ def replay(
 
     The relay publishes them again out of the event log; the projectors take it from there. To do so is always safe.
 
-    Exit code: 0 if all polls go on, 3 if some stand still again, 1 if a projector did not try in time or after another
+    Exit code: 0 if all polls go on, 3 if some are parked again, 1 if a projector did not try in time or after another
     error, 2 for wrong usage.
     """
     if bool(polls) == all_:

@@ -53,7 +53,7 @@ async def replay(stores: Mapping[str, str], nats_url: str, polls: Sequence[str] 
         wanted = find_among(polls, [letter.poll_id for letter in before.values()])
         before = {key: letter for key, letter in before.items() if letter.poll_id in wanted}
         if missing := set(wanted) - {letter.poll_id for letter in before.values()}:
-            raise Failure(f"no read model stands still at an event of poll {min(missing)}")
+            raise Failure(f"no read model is parked at an event of poll {min(missing)}")
     waiting, now = dict(before), before
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
@@ -99,7 +99,7 @@ def _is_tried(before: DeadLetter, now: DeadLetter | None) -> bool:
 
 
 def _first_versions(letters: Mapping[tuple[str, str], DeadLetter]) -> dict[str, int]:
-    """Where each poll stands still, in the read model that is behind the others."""
+    """Where each poll is parked, in the read model that is behind the others."""
     first: dict[str, int] = {}
     for letter in letters.values():
         first[letter.poll_id] = min(letter.version, first.get(letter.poll_id, letter.version))

@@ -51,7 +51,7 @@ def rebuild(
 
     It may be interrupted at any time, and run again: then it begins anew.
 
-    Exit code: 0 when the fresh copy is in use, 3 if polls stand still in it at an event that cannot be applied, 1 after
+    Exit code: 0 when the fresh copy is in use, 3 if polls are parked in it at an event that cannot be applied, 1 after
     an error, 2 for wrong usage, 130 if interrupted.
     """
     if read_model not in READ_MODELS:
@@ -70,7 +70,7 @@ def rebuild(
     else:
         print_fields({name: _rounded(value) for name, value in outcome.items()})
     if outcome["parked_polls"]:
-        say("some polls stand still at an event that cannot be applied; see tally dead-letters list")
+        say("some polls are parked at an event that cannot be applied; see tally dead-letters list")
         sys.exit(_SOME_PARKED)
 
 

@@ -26,8 +26,8 @@ BYTES = 64 << 20
 _POLL_BYTES = 1_600
 # What an option takes in the two tables of its poll, and in the rules.
 _OPTION_BYTES = 110
-# Where there is no room, a poll that comes new is the next to go unless it is asked for again soon; but each of so many
-# comes to stay, so that polls that are used take the place of those that are not any more.
+# Where there is no room, a poll that comes new is the next to go unless it is asked for again soon. One in this many
+# comes to stay: polls that are used take the place of those that are not any more.
 _COMES_TO_STAY = 16
 PATIENCE_SECONDS = 5.0
 # How long a poll that is not open, or does not exist, is not read again, and how many of these are remembered.
@@ -36,7 +36,7 @@ _NOT_OPEN = 1_000
 # The most polls of one read, and the bytes of their specs after which it leaves the others to the next one.
 READ_POLLS = 500
 READ_BYTES = 1 << 18
-# The next read begins so many seconds after the one before at the earliest: it reads what was asked for meanwhile.
+# The least seconds between the beginnings of two reads: the later one reads what was asked for meanwhile.
 READ_PAUSE_SECONDS = 0.01
 # One attempt to read, in seconds.
 _ATTEMPT_SECONDS = 2.0

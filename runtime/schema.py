@@ -17,7 +17,7 @@ import asyncpg
 from runtime.replicas import connect_primary
 from runtime.stores import UnsupportedStore
 
-# Whoever changes a schema holds this advisory lock.
+# The advisory lock of a session that changes a schema.
 MIGRATION_LOCK = 0x74616C6C79
 _MIGRATION_LOCK_SECONDS = 60.0
 # The server ends the session of a migration whose client is gone after a minute, and with it the lock.
@@ -41,7 +41,7 @@ class _Applied(NamedTuple):
 async def migrate(dsn: str, folder: Traversable, schema: str = "public") -> list[str]:
     """Applies the numbered SQL files that this schema does not have yet; returns their names.
 
-    A schema that has none of them gets all in one transaction, so nobody finds it half-made; in any other each file is
+    A schema that has none of them gets all in one transaction, and is never found half-made. In any other each file is
     a transaction. Safe to run from several processes at once, and again after a crash. Raises TimeoutError where
     somebody else holds the lock for more than a minute; a migration may take any time. Raises UnsupportedStore, and
     changes nothing, where a file is not the one that was applied.

@@ -3,27 +3,14 @@
 import asyncio
 import gc
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 
 
 async def longest_pause(work: Awaitable[object]) -> tuple[float, float]:
     """For how long at most the loop served nothing else during some work, and how long the work took; seconds."""
-    pauses: list[float] = []
-
-    async def tick() -> None:
-        before = time.perf_counter()
-        while True:
-            await asyncio.sleep(0)
-            now = time.perf_counter()
-            pauses.append(now - before)
-            before = now
-
-    ticking = asyncio.ensure_future(tick())
     started = time.perf_counter()
-    await work
-    seconds = time.perf_counter() - started
-    ticking.cancel()
-    return max(pauses), seconds
+    longest = await _longest_turn(work, time.perf_counter)
+    return longest, time.perf_counter() - started
 
 
 async def longest_hold(work: Awaitable[object]) -> float:
@@ -31,22 +18,28 @@ async def longest_hold(work: Awaitable[object]) -> float:
 
     Unlike the time that passes, it does not grow because the machine is busy. Garbage is not collected meanwhile.
     """
-    holds = [0.0]
-
-    async def tick() -> None:
-        before = time.thread_time()
-        while True:
-            await asyncio.sleep(0)
-            now = time.thread_time()
-            holds.append(now - before)
-            before = now
-
     gc.collect()
     gc.disable()
+    try:
+        return await _longest_turn(work, time.thread_time)
+    finally:
+        gc.enable()
+
+
+async def _longest_turn(work: Awaitable[object], clock: Callable[[], float]) -> float:
+    turns = [0.0]
+
+    async def tick() -> None:
+        before = clock()
+        while True:
+            await asyncio.sleep(0)
+            now = clock()
+            turns.append(now - before)
+            before = now
+
     ticking = asyncio.ensure_future(tick())
     try:
         await work
     finally:
         ticking.cancel()
-        gc.enable()
-    return max(holds)
+    return max(turns)

@@ -1,4 +1,4 @@
-"""Dead letters as an operator meets them: one poll stands still, is seen to, and is replayed after the fix."""
+"""Dead letters as an operator meets them: one poll is parked, is seen, and is replayed after the fix."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ async def test_a_poll_that_stands_still_is_seen_and_goes_on_after_the_fix(system
         assert (code, shown["dead_letters"]) == (0, rows)
         assert (await tally(system, "show", str(uuid4())))[0] == 1
 
-        # Before the fix, and with new projectors: it stands still again.
+        # Before the fix, and with new projectors: it is parked again.
         for number in range(len(READ_MODELS)):
             os.kill(system.pid("projector", number), signal.SIGKILL)
         code, outcome = await tally(system, "replay", str(bad.poll_id))
@@ -115,7 +115,7 @@ async def test_a_poll_that_stands_still_is_seen_and_goes_on_after_the_fix(system
         assert poll.version == bad.version
         code, error = await tally(system, "replay", str(bad.poll_id))
         assert code == 1
-        assert "no read model stands still" in error
+        assert "no read model is parked" in error
 
 
 async def test_what_cannot_be_replayed_is_said(system: System) -> None:

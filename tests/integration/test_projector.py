@@ -123,7 +123,7 @@ class Everything:
         await self.bus.jetstream().publish(event_subject(0, poll.poll_id), data, headers=headers)
 
     async def dead_letters(self, read_model: str) -> list[DeadLetter]:
-        """The events at which polls stand still."""
+        """The events that parked polls wait for."""
         setting = READ_MODELS[read_model].removeprefix("TALLY_").lower()
         async with KINDS[read_model].connect(self.settings[setting]) as model:
             return await model.dead_letters()

@@ -96,8 +96,8 @@ async def test_a_lost_log_or_a_broken_probe_stops_nothing_else(tmp_path: Path) -
             raise ValueError("no answer that we know")
         return True
 
-    sleeps = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"]
-    probed = Program(name="one", command=sleeps, ready=probe)
+    runs = [sys.executable, "-I", "-S", "-c", "import signal; signal.pause()"]
+    probed = Program(name="one", command=runs, ready=probe)
     async with supervising(tmp_path, 5, probed, program(tmp_path, "two")) as watched:
         first, other = watched.process("one").pid, watched.process("two").pid
         assert first
